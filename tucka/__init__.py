@@ -1,0 +1,23 @@
+"""Fine-tune pretrained models with Tucker experts.
+
+Each adapted linear layer carries one compact tensor whose slices are low-rank experts, grouped, chosen by a single
+router for the whole model, and started from the data (TuckA, arXiv 2511.06859). Importing this package registers the
+method with Hugging Face PEFT as peft_type ``TUCKA``.
+"""
+
+from importlib.metadata import version
+
+from .config import TuckAConfig
+from .initialization import initialize
+from .model import TuckAModel
+from .recording import pin_route, record_routes
+from .registration import register
+from .routing import Route
+
+register(TuckAConfig, TuckAModel)
+
+from .apply import apply  # noqa: E402  (last, so that `tucka.apply` is the function and not its module)
+
+__version__ = version("tucka")
+
+__all__ = ["Route", "TuckAConfig", "__version__", "apply", "initialize", "pin_route", "record_routes"]

@@ -1,0 +1,248 @@
+"""The configuration of a Tucker-expert adapter."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import InitVar, dataclass, field
+from typing import Any, Optional, Union
+
+from peft import PeftConfig
+
+from .registration import PEFT_TYPE, add_peft_type
+
+FORMAT_VERSION = 1
+"""Version of the files this release writes; files of a later version are refused."""
+
+CHOICES = {
+    "routing": ("sample", "batch"),
+    "affinity": ("paper",),
+    "pooling": ("mean", "mean_std"),
+    "form": ("multiplicative", "additive"),
+    "trainable": ("all", "core"),
+    "init_router": ("perturb", "kaiming"),
+    "init_experts": ("identity", "kaiming"),
+    "bias": ("none", "all", "tucka_only"),
+}
+"""Every option with a closed list of values, and the list."""
+
+PAPER = dict(
+    routing="batch",
+    affinity="paper",
+    pooling="mean",
+    normalize=True,
+    form="multiplicative",
+    tie_factors=True,
+    share_factors=False,
+    shared_expert=False,
+    trainable="all",
+    init_router="perturb",
+    init_experts="kaiming",
+)
+"""What makes a configuration the paper's method (arXiv 2511.06859, section 3)."""
+
+
+def _help(text: str, default: Any) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class TuckAConfig(PeftConfig):
+    """Configuration of Tucker experts; fields not listed here are those of every PEFT configuration.
+
+    Parameters
+    ----------
+    r, k, t, p : int
+        Rank of an expert (R), groups (K), experts in a group (T), rank shared by the experts of a group (P).
+    alpha : float
+        Scale of the adaptation. Unnormalised parameters want a few units, the paper's normalised ones more.
+    routing : {"sample", "batch"}
+        What is routed as one. A sample's prediction does not depend on its neighbours; a batch's does.
+    affinity : {"paper"}
+        How a routing feature f is scored against the centroids c. "paper": σ(ℓ / ‖ℓ‖₂) over the T logits ℓ = c·f of a
+        group. With ``t=1`` that is σ(±1): the router then receives no gradient and stays where it started.
+    pooling : {"mean", "mean_std"}
+        What of the router layer's input makes the feature: its mean, or mean and standard deviation, over unpadded
+        tokens.
+    normalize : bool
+        Divide cores, expert factor and D-mode factors by their Frobenius norms, as the paper does.
+    form : {"multiplicative", "additive"}
+        Update the layer's input, x' = x + α U Mᵀ Uᵀ x, or add to its output, y = W x + α V Mᵀ Uᵀ x.
+    tie_factors : bool
+        In the multiplicative form, both D-modes share U.
+    share_factors : bool
+        Adapted layers with the same name, widths and rank share their D-mode factors.
+    shared_expert : bool
+        One always-active R×R slice beside the routed groups.
+    trainable : {"all", "core"}
+        Train everything, or hold the D-mode factors and train the cores, the expert factors and the router.
+    init_router : {"perturb", "kaiming"}
+        Start of the centroids. "perturb" (paper): the first batch's feature, and that feature plus
+        U(−1, 1)·`perturb_scale` per entry; "kaiming": data-free.
+    init_experts : {"identity", "kaiming"}
+        Start of the experts. "identity": zero cores and orthonormal factors, so the adapted model equals the base
+        model; "kaiming": the paper's.
+    perturb_scale : float
+        Width of the centroids' perturbation.
+    pool_padding : bool
+        Let padded positions enter the pooled feature, as the published code does.
+    balance_bias, balance_rate : bool, float
+        Auxiliary-loss-free balancing: a bias per expert, for the choice of the group only, moved against the load of
+        every training forward by the rate γ.
+    sync_route : bool
+        In a distributed run, route the global batch as one (``routing="batch"`` only).
+    router_module : str, optional
+        Name, or end of the name, of the adapted layer whose input feeds the router; default: whichever runs first.
+    rank_pattern : dict, optional
+        Ranks of single layers: {regular expression: r}, matched as in PEFT's LoRA.
+    target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save, bias, init_weights
+        As in PEFT; ``bias`` is "none", "all" or "tucka_only", and ``init_weights=False`` draws random experts.
+
+    Raises
+    ------
+    ValueError
+        If a value is outside its range; the message names the field, the value and the rule.
+    """
+
+    r: int = _help("Rank of every expert.", 8)
+    k: int = _help("Number of expert groups.", 4)
+    t: int = _help("Experts in each group.", 2)
+    p: int = _help("Rank shared by the experts of a group.", 2)
+    alpha: float = _help("Scale of the adaptation.", 4.0)
+    routing: str = _help("What is routed as one: 'sample' or 'batch'.", "sample")
+    affinity: str = _help("How a feature is scored against centroids: 'paper'.", "paper")
+    pooling: str = _help("Routing feature: 'mean' or 'mean_std' over unpadded tokens.", "mean_std")
+    normalize: bool = _help("Divide cores and factors by their Frobenius norms.", False)
+    form: str = _help("'multiplicative' (on the input) or 'additive' (to the output).", "multiplicative")
+    tie_factors: bool = _help("Both D-modes share U (multiplicative form).", True)
+    share_factors: bool = _help("Layers of one kind and width share their factors.", False)
+    shared_expert: bool = _help("One always-active slice beside the routed groups.", True)
+    trainable: str = _help("'all', or 'core' to hold the D-mode factors.", "all")
+    init_router: str = _help("Start of the centroids: 'perturb' or 'kaiming'.", "perturb")
+    init_experts: str = _help("Start of the experts: 'identity' or 'kaiming'.", "identity")
+    perturb_scale: float = _help("Width of the centroids' perturbation.", 1.0)
+    pool_padding: bool = _help("Padded positions enter the pooled feature.", False)
+    balance_bias: bool = _help("Auxiliary-loss-free balancing of the groups.", False)
+    balance_rate: float = _help("Rate of the balancing bias.", 1e-3)
+    sync_route: bool = _help("One route for the global batch of a distributed run.", False)
+    router_module: Optional[str] = _help("Adapted layer that feeds the router; default: the first to run.", None)
+    rank_pattern: Optional[dict] = _help("Ranks of single layers, {pattern: r}.", None)
+    target_modules: Optional[Union[list[str], str]] = _help("Modules to adapt: names, a regex or 'all-linear'.", None)
+    exclude_modules: Optional[Union[list[str], str]] = _help("Modules to leave alone: names or a regex.", None)
+    layers_to_transform: Optional[Union[list[int], int]] = _help("Indices of the layers to adapt.", None)
+    layers_pattern: Optional[Union[list[str], str]] = _help("Name of the layers' ModuleList.", None)
+    modules_to_save: Optional[list[str]] = _help("Other modules to train and save whole.", None)
+    bias: str = _help("Biases to train: 'none', 'all' or 'tucka_only'.", "none")
+    init_weights: bool = _help("False draws random experts instead of a start.", True)
+    format_version: int = _help("Version of the file format.", FORMAT_VERSION)
+
+    # Field names of adapters saved by the paper's published code: accepted, mapped and not kept.
+    ec_perturb_scale: InitVar[Optional[float]] = None
+    use_kaiming_init_ec: InitVar[Optional[bool]] = None
+    use_alb: InitVar[Optional[bool]] = None
+    alb_gamma: InitVar[Optional[float]] = None
+    router_name: InitVar[Optional[str]] = None
+    dump_input_and_ec: InitVar[Optional[bool]] = None
+    log_expert_load: InitVar[Optional[int]] = None
+
+    def __post_init__(
+        self, ec_perturb_scale, use_kaiming_init_ec, use_alb, alb_gamma, router_name, dump_input_and_ec, log_expert_load
+    ):
+        super().__post_init__()
+        self.peft_type = add_peft_type(PEFT_TYPE)
+        published = (ec_perturb_scale, use_kaiming_init_ec, use_alb, alb_gamma, router_name)
+        self.from_published_code = self.format_version == 0 or any(value is not None for value in published)
+        if self.from_published_code:
+            self._read_published_fields(*published)
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        validate(self)
+
+    def _read_published_fields(self, ec_perturb_scale, use_kaiming_init_ec, use_alb, alb_gamma, router_name) -> None:
+        for name, value in PAPER.items():
+            setattr(self, name, value)
+        self.pool_padding = True
+        self.format_version = FORMAT_VERSION
+        self.init_router = "kaiming" if use_kaiming_init_ec else "perturb"
+        self.balance_bias = bool(use_alb)
+        self.router_module = router_name or None
+        if ec_perturb_scale is not None:
+            self.perturb_scale = ec_perturb_scale
+        if alb_gamma is not None:
+            self.balance_rate = alb_gamma
+
+    @classmethod
+    def paper(cls, **fields: Any) -> TuckAConfig:
+        """The paper's preset: normalised parameters, batch routing, per-group normalised sigmoid scores, perturbed
+        centroids; sizes as published for GLUE (r=8, k=t=p=2, α=2, perturbation 10). `fields` override any of it."""
+        sizes = dict(r=8, k=2, t=2, p=2, alpha=2.0, perturb_scale=10.0)
+        return cls(**{**PAPER, **sizes, **fields})
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict:
+        """Read a file without our format version with the paper's semantics (called by PEFT on loading)."""
+        kwargs.setdefault("format_version", 0)
+        return super().check_kwargs(**kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: Optional[str] = None, **kwargs: Any):
+        """Read a configuration, and check the weights beside it against it before any model is touched.
+
+        Raises
+        ------
+        ValueError
+            If the weights are no whole safetensors file or their shapes disagree with the configuration.
+        """
+        from .state import check_weights_beside
+
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        check_weights_beside(pretrained_model_name_or_path, subfolder, config)
+        return config
+
+
+def validate(config: TuckAConfig) -> None:
+    """Raise `ValueError` for what can be rejected without a model."""
+    for name in ("r", "k", "t", "p"):
+        _check_count(name, getattr(config, name))
+    for name, values in CHOICES.items():
+        if getattr(config, name) not in values:
+            raise ValueError(f"{name}={getattr(config, name)!r} is not one of {', '.join(map(repr, values))}")
+    for name in ("alpha", "perturb_scale", "balance_rate"):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{name}={value!r} is not a finite number")
+    flags = "normalize tie_factors share_factors shared_expert pool_padding balance_bias sync_route init_weights"
+    for name in flags.split():
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"{name}={getattr(config, name)!r} is neither True nor False")
+    _check_count("format_version", config.format_version)
+    if config.format_version > FORMAT_VERSION:
+        raise ValueError(
+            f"format_version={config.format_version} was written by a later tucka; this one reads up to {FORMAT_VERSION}"
+        )
+    if config.rank_pattern is not None:
+        if not isinstance(config.rank_pattern, dict):
+            raise ValueError(f"rank_pattern={config.rank_pattern!r} is not a dictionary {{pattern: r}}")
+        for pattern, rank in config.rank_pattern.items():
+            _check_count(f"rank_pattern[{pattern!r}]", rank)
+    if config.router_module is not None and not isinstance(config.router_module, str):
+        raise ValueError(f"router_module={config.router_module!r} is not a layer name")
+    if config.sync_route and config.routing != "batch":
+        raise ValueError(f"sync_route=True routes the global batch as one, but routing={config.routing!r}")
+    if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
+        raise ValueError("layers_to_transform selects among listed target_modules, but target_modules is a string")
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ValueError("layers_pattern is set but layers_to_transform is not: it says which layers of the pattern")
+    if config.normalize and config.init_experts == "identity" and config.init_weights:
+        warnings.warn(
+            "normalize=True divides a zero core by its norm: the first step jumps from the identity to an update of "
+            "full size. Use init_experts='kaiming' with normalize=True.",
+            stacklevel=3,
+        )
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} is not a whole number of at least 1")

@@ -1,0 +1,283 @@
+"""One route per forward of the base model: who opens it, who takes it, who reads it.
+
+A `Dispatcher` serves one router (one tower). Hooks on the base model, and on every pretrained model inside it, open a
+`Scope` for the duration of a forward; the first adapted layer to run fills it and later layers read it. Nothing here is
+global: the layers hold their dispatcher, and `copy.deepcopy` of a model copies it along.
+
+Shape legend: N routed units, B samples, S positions, D features (see `tucka.ops`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from .inputs import Inputs, padding_mask, read_inputs, rows_per_sample
+from .routing import Route, Router
+
+
+@dataclass(eq=False)
+class Scope:
+    """One forward of a model: its inputs, and the routes taken in it by adapter name."""
+
+    inputs: Inputs
+    routes: dict[str, Route]
+    features: dict[str, Tensor] = field(default_factory=dict)  # (N, F), to take a route again under gradient
+    kept: dict[str, Route] = field(default_factory=dict)  # routes of the prompt, valid only where `warm`
+    warm: Tensor | None = None  # () whether the cache holds a prompt, where only the device knows
+    needs_encoder: bool = False  # encoder outputs came without the route their encoder took
+    may_start: bool = False  # centroids waiting for their start may take it from this forward
+    shared_input: bool = False  # a layer is applied to something all samples share
+    pinned: Route | None = None
+    recomputed: dict[str, Tensor] = field(default_factory=dict)  # features whose later gradients come from elsewhere
+    parent: Scope | None = None
+
+    def nested(self, inputs: Inputs, inherit_mask: bool) -> Scope:
+        """The scope of a pretrained model inside the one that opened this scope: own inputs, the same routes."""
+        if inputs.samples is None:
+            inputs = inputs._replace(samples=self.inputs.samples, positions=self.inputs.positions)
+        if inputs.mask is None and inherit_mask:
+            inputs = inputs._replace(mask=self.inputs.mask)
+        return replace(self, inputs=inputs, shared_input=False, parent=self)
+
+
+class Dispatcher:
+    """Opens a scope for every forward of one tower and hands its route to the layers.
+
+    Parameters
+    ----------
+    name : str
+        The tower's name; empty for a model with a single router.
+    encoder : Module, optional
+        The encoder of an encoder–decoder model, which takes the route for both.
+    """
+
+    def __init__(self, name: str, encoder: nn.Module | None = None) -> None:
+        self.name = name
+        self._encoder = (encoder,)
+        self.scope: Scope | None = None
+        self.router_owners: dict[str, Any] = {}  # adapter name -> the TuckALayer that holds its router
+        self.pinned: Route | None = None
+        self.recordings: list[tuple[str, list[Route]]] = []  # adapter name, where its routes go
+        self.memory: dict[str, Route] | None = None  # routes of the prompt while `generate` runs
+        self.calibrating = False
+        self.attachment: Any = None  # the hooks on the model, to be removed with the adapters
+
+    def router(self, adapter_name: str) -> Router:
+        """The router of an adapter."""
+        return self.router_owners[adapter_name].tucka_router[adapter_name]
+
+    # --- opening and closing -------------------------------------------------------------------------------------
+
+    def open(self, names: tuple[str, ...], main_input: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Forward pre-hook: open a scope, with the routes that this forward continues."""
+        inputs = read_inputs(names, main_input, args, kwargs)
+        if self.scope is not None:
+            # A decoder without a mask of its own must not take its encoder's.
+            self.scope = self.scope.nested(inputs, inherit_mask=self._encoder[0] is None)
+            return
+        scope = Scope(inputs, {}, may_start=torch.is_grad_enabled() or self.calibrating, pinned=self.pinned)
+        if self.pinned is None:
+            self._continue(scope, module)
+        self.scope = scope
+
+    def _continue(self, scope: Scope, module: nn.Module) -> None:
+        """Keep the prompt's routes while decoding, and the encoder's in its decoder; an encoder always routes anew."""
+        (encoder,) = self._encoder
+        if module is encoder or (encoder is not None and scope.inputs.encoder_outputs is None):
+            return
+        known = self.memory or {}
+        if not known and scope.inputs.cache is not None:
+            known = getattr(scope.inputs.cache, "tucka_routes", {}).get(self.name, {})
+            length = scope.inputs.cache.get_seq_length() if known else 0
+            if isinstance(length, Tensor):
+                scope.kept, scope.warm, known = _expanded(known, scope), length.view(()) > 0, {}
+            elif length == 0:
+                known = {}
+        if not known and scope.inputs.encoder_outputs is not None:
+            known = getattr(scope.inputs.encoder_outputs, "tucka_routes", {}).get(self.name, {})
+            scope.needs_encoder = not known
+        scope.routes.update(_expanded(known, scope))
+
+    def close(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Forward hook: close the scope; its routes travel on with the cache or the encoder outputs."""
+        scope = self.scope
+        if scope is None:
+            return
+        self.scope = scope.parent
+        if scope.parent is not None or not scope.routes or output is None:  # None: the forward raised
+            return
+        taken = {name: route.detach() for name, route in scope.routes.items()}
+        if self.memory is not None:
+            self.memory = taken
+        if isinstance(output, ModelOutput):
+            carriers = [output.get("past_key_values"), output if module is self._encoder[0] else None]
+            for carrier in carriers:
+                if carrier is not None and not isinstance(carrier, tuple):
+                    carrier.tucka_routes = {**getattr(carrier, "tucka_routes", {}), self.name: taken}
+        for adapter_name, routes in self.recordings:
+            if adapter_name in scope.routes:
+                routes.append(scope.routes[adapter_name])
+        if scope.may_start and module.training:
+            for adapter_name, route in scope.routes.items():
+                self.router(adapter_name).balance(route.group)
+
+    # --- taking and reading --------------------------------------------------------------------------------------
+
+    def route(self, adapter_name: str, layer_name: str, x: Tensor) -> Route | None:
+        """The route of this forward for a layer; the first layer to ask takes it. None: an input all samples share.
+
+        Raises
+        ------
+        RuntimeError
+            If no forward of the base model is under way, or a layer that may not take the route asks first.
+        ValueError
+            If the layer's leading size cannot be tied to the samples.
+        """
+        scope = self.scope
+        if scope is None:
+            raise RuntimeError(
+                f"layer {layer_name!r} reads a route but no forward of its model is open. Call the model (or a "
+                "pretrained model inside it); recompute checkpointed blocks through the model's own "
+                "gradient_checkpointing_enable()"
+            )
+        router = self.router(adapter_name)
+        if scope.shared_input and router.per_sample:
+            return None
+        route = scope.routes.get(adapter_name)
+        if route is None:
+            route = scope.routes[adapter_name] = self._take(router, adapter_name, layer_name, x, scope)
+        elif _lost_gradient(route, router) and adapter_name in scope.features:
+            route = scope.routes[adapter_name] = router(scope.features[adapter_name], _pinned_group(scope))
+        if route.group.shape[0] != 1 or router.per_sample:
+            self._check_rows(scope, layer_name, x)
+        return route
+
+    def _take(self, router: Router, adapter_name: str, layer_name: str, x: Tensor, scope: Scope) -> Route:
+        if scope.pinned is not None and scope.pinned.gates is not None:
+            return scope.pinned.expand(scope.inputs.samples or 1)
+        if scope.needs_encoder:
+            raise RuntimeError(
+                f"layer {layer_name!r} needs the route its encoder took, but encoder_outputs carry none. Pass the "
+                "outputs this model's encoder returned, or use tucka.pin_route"
+            )
+        if router.sources is not None and layer_name not in router.sources:
+            raise RuntimeError(
+                f"layer {layer_name!r} ran before any layer that may feed the router: {', '.join(router.sources)}"
+            )
+        if x.shape[-1] != router.width:
+            raise ValueError(
+                f"layer {layer_name!r} ran first and has {x.shape[-1]} input features, but the router was built for "
+                f"{router.width}; set router_module to the layer that runs first"
+            )
+        feature = router.feature(*self._units(router, layer_name, x, scope))
+        if router.awaits_start and scope.may_start:
+            router.start(feature)
+        scope.features[adapter_name] = _leaf_without_graph(feature)
+        if feature.requires_grad and adapter_name in scope.recomputed:
+            feature.register_hook(_adding_gradient_of(scope.recomputed[adapter_name]))
+        route = router(feature, _pinned_group(scope))
+        if scope.warm is not None and adapter_name in scope.kept:
+            pairs = zip(scope.kept[adapter_name], route)
+            route = Route(*(torch.where(scope.warm, kept, fresh) for kept, fresh in pairs))
+        return route
+
+    def _units(self, router: Router, layer_name: str, x: Tensor, scope: Scope) -> tuple[Tensor, Tensor | None]:
+        """View a layer's input as routed units, (N, S, D), with its padding mask, (N, S)."""
+        inputs, width = scope.inputs, x.shape[-1]
+        padded = inputs.mask is not None and not router.config.pool_padding
+        if not router.per_sample and not padded:
+            return x.reshape(1, -1, width), None
+        self._check_rows(scope, layer_name, x)
+        samples = inputs.samples or 0
+        tokens = x.shape[:-1].numel() // max(samples, 1)
+        x = x.reshape(samples, tokens, width)
+        # A layer that sees one pooled row per sample has no padding left to leave out.
+        pooled = tokens == 1 and inputs.positions != 1
+        keep = padding_mask(inputs.mask, samples, tokens, inputs.cache) if padded and not pooled else None
+        if router.per_sample:
+            return x, keep
+        return x.reshape(1, -1, width), None if keep is None else keep.reshape(1, -1)
+
+    def _check_rows(self, scope: Scope, layer_name: str, x: Tensor) -> None:
+        samples, positions = scope.inputs.samples, scope.inputs.positions
+        if samples is None or rows_per_sample(tuple(x.shape), samples, positions) is None:
+            shown = "an unknown number of" if samples is None else samples
+            per_sample = "" if positions is None else f" of {positions} positions"
+            raise ValueError(
+                f"layer {layer_name!r}: leading size {x.shape[0]} of its input {tuple(x.shape)} cannot be tied to "
+                f"{shown} samples{per_sample}; exclude the layer (exclude_modules) or use routing='batch'"
+            )
+
+    # --- contexts ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def entered(self, scope: Scope | None) -> Iterator[None]:
+        """Make a scope the current one, as a checkpointed block does when it is recomputed."""
+        before, self.scope = self.scope, scope
+        try:
+            yield
+        finally:
+            self.scope = before
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Keep the prompt's route over all forwards of one `generate`, cached or not."""
+        before, self.memory = self.memory, {}
+        try:
+            yield
+        finally:
+            self.memory = before
+
+    @contextmanager
+    def recording(self, adapter_name: str, routes: list[Route]) -> Iterator[None]:
+        """Append an adapter's route of every forward to a list."""
+        entry = (adapter_name, routes)
+        self.recordings.append(entry)
+        try:
+            yield
+        finally:
+            self.recordings = [other for other in self.recordings if other is not entry]
+
+    def call_with_shared_input(self, function, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the base model that applies layers to what all samples share (relative positions)."""
+        scope = self.scope
+        if scope is None:
+            return function(*args, **kwargs)
+        scope.shared_input, before = True, scope.shared_input
+        try:
+            return function(*args, **kwargs)
+        finally:
+            scope.shared_input = before
+
+
+def _expanded(routes: dict[str, Route], scope: Scope) -> dict[str, Route]:
+    samples = scope.inputs.samples
+    return {name: route if samples is None else route.expand(samples) for name, route in routes.items()}
+
+
+def _pinned_group(scope: Scope) -> Tensor | None:
+    return None if scope.pinned is None else scope.pinned.expand(scope.inputs.samples or 1).group
+
+
+def _leaf_without_graph(feature: Tensor) -> Tensor:
+    """Outside of gradient mode (a reentrant checkpoint), a leaf that collects what later layers send back."""
+    return feature if torch.is_grad_enabled() else feature.detach().requires_grad_()
+
+
+def _adding_gradient_of(leaf: Tensor):
+    """A hook that adds the gradient collected at that leaf."""
+    return lambda gradient: gradient if leaf.grad is None else gradient + leaf.grad
+
+
+def _lost_gradient(route: Route, router: Router) -> bool:
+    """A route taken in a reentrant checkpoint has no graph; under gradient it is taken again from its feature."""
+    if not torch.is_grad_enabled() or not router.centroids.requires_grad or route.gates is None:
+        return False
+    return not route.gates.requires_grad

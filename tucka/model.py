@@ -1,0 +1,174 @@
+"""Injection of Tucker experts into a model, on PEFT's engine."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any, Optional
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from .config import TuckAConfig
+from .dispatch import Dispatcher
+from .layer import TuckALayer
+from .plan import LayerPlan, plan_adapter
+from .state import adapted_names_in, modernise_targets, read_published_weights, require_whole_adapter
+from .targets import DEFAULT_TARGETS
+from .towers import Attachment, Tower
+
+
+class TuckAModel(BaseTuner):
+    """A model with Tucker experts; `peft.PeftModel` wraps it, and users rarely meet it.
+
+    Parameters
+    ----------
+    model : Module
+        The model to adapt, in place.
+    peft_config : TuckAConfig or dict
+        The configuration, or {adapter name: configuration}.
+    adapter_name : str
+    low_cpu_mem_usage : bool
+        Create the adapter's parameters on the meta device, to be loaded later.
+    state_dict : dict, optional
+        Adapt the layers whose keys it holds instead of the configured ones.
+    """
+
+    prefix = "tucka_"
+    tuner_layer_cls = TuckALayer
+    target_module_mapping = DEFAULT_TARGETS
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Optional[dict[str, Tensor]] = None,
+    ) -> None:
+        """Add an adapter. All that can be refused is refused before the model is touched."""
+        config = self.peft_config[adapter_name]
+        config = self._prepare_adapter_config(config, self.get_model_config(model))
+        if config.from_published_code:
+            modernise_targets(config, model)
+        names = None if state_dict is None else adapted_names_in(state_dict, self.prefix)
+        self._plans: dict[str, LayerPlan] = plan_adapter(self, model, config, names)
+        self._injected_into = model
+        try:
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+        finally:
+            del self._plans, self._injected_into
+
+    def _create_and_replace(
+        self,
+        peft_config: TuckAConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: Optional[str] = None,
+    ) -> None:
+        plan = self._plans[current_key]
+        layer = target
+        if not isinstance(layer, TuckALayer):
+            layer = TuckALayer(target, current_key, self._dispatcher(self._injected_into, plan.tower))
+        factors_of = None
+        if plan.factors_of is not None:
+            factors_of = self._injected_into.get_submodule(plan.factors_of).tucka_experts[adapter_name]
+        layer.update_layer(
+            adapter_name,
+            peft_config,
+            plan.rank,
+            factors_of=factors_of,
+            routes=plan.routes,
+            router_sources=plan.router_sources,
+        )
+        if adapter_name not in self.active_adapters:
+            layer.tucka_experts[adapter_name].requires_grad_(False)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _dispatcher(self, model: nn.Module, tower: Tower) -> Dispatcher:
+        """The dispatcher of a tower, attached to the model when the tower is first adapted."""
+        known = dispatchers_of(model)
+        if tower.name in known:
+            return known[tower.name]
+        encoder = model.get_submodule(tower.encoder) if tower.encoder else None
+        dispatcher = Dispatcher(tower.name, encoder)
+        dispatcher.attachment = Attachment(dispatcher, model, tower)
+        return dispatcher
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `generate`; every step, cached or not, keeps the route of the prompt."""
+        with ExitStack() as stack:
+            for dispatcher in dispatchers_of(self.model).values():
+                stack.enter_context(dispatcher.generating())
+            return self.model.generate(*args, **kwargs)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # Adapters are made in single precision; who asks for the base model's precision gets that.
+        if autocast_adapter_dtype:
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            return
+        for module in self.model.modules():
+            if isinstance(module, TuckALayer):
+                module._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(
+            "Tucker experts cannot be merged: the update depends on the route of each forward. "
+            "Keep the adapter, or unload() it"
+        )
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            self._check_merge_allowed()
+        dispatchers = dispatchers_of(self.model).values()
+        model = super()._unload_and_optionally_merge(False, *args, **kwargs)
+        for dispatcher in dispatchers:
+            dispatcher.attachment.remove()
+        return model
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: TuckAConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        state_dict = read_published_weights(model, adapter_name, state_dict)
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        require_whole_adapter(model, adapter_name, remapped)
+        return remapped
+
+
+def layers_of(model: nn.Module) -> list[TuckALayer]:
+    """The adapted layers of a model, in the order of its modules."""
+    return [module for module in model.modules() if isinstance(module, TuckALayer)]
+
+
+def dispatchers_of(model: nn.Module) -> dict[str, Dispatcher]:
+    """The dispatchers of a model by tower name."""
+    return {layer.dispatcher.name: layer.dispatcher for layer in layers_of(model)}
+
+
+def single_adapter_name(model: nn.Module, adapter_name: str | None) -> str:
+    """The adapter asked for, or the active one.
+
+    Raises
+    ------
+    ValueError
+        If the model has no Tucker experts, no such adapter, or several active ones to choose from.
+    """
+    layers = layers_of(model)
+    if not layers:
+        raise ValueError("the model has no Tucker experts; wrap it with tucka.apply first")
+    known = sorted({name for layer in layers for name in layer.tucka_experts})
+    active = layers[0].active_adapters if adapter_name is None else [adapter_name]
+    if len(active) != 1 or active[0] not in known:
+        raise ValueError(f"adapter {', '.join(map(repr, active)) or 'None'} is not one of {known}; name one of them")
+    return active[0]

@@ -1,0 +1,113 @@
+"""The mathematics of Tucker experts, on plain tensors.
+
+Legend, used throughout the package (shape suffixes and einsum letters):
+
+    B  samples of a batch          S  positions (tokens, patches) of a sample
+    D  input features of a layer   O  output features of a layer (O = D in the multiplicative form)
+    R  rank of an expert           K  groups of experts
+    T  experts in a group          P  rank shared by the experts of a group
+    N  routed units (B samples, or 1 for a whole batch)
+    F  length of a routing feature
+
+Source: TuckA, arXiv 2511.06859, section 3; `mean_std`, the shared slice and the additive form go beyond the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def safe_norm(
+    x: Tensor,
+    dim: int | tuple[int, ...] | None = None,
+    keepdim: bool = False,
+) -> Tensor:
+    """Euclidean (for a matrix: Frobenius) norm, with 1 in place of 0.
+
+    Dividing by it leaves a zero tensor at zero and gives it a finite gradient.
+    """
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=keepdim)
+    return torch.where(norm > 0, norm, torch.ones_like(norm))
+
+
+def mix_experts(
+    core: Tensor,  # (K, P, R, R)
+    expert_factor: Tensor,  # (T, P)
+    group: Tensor,  # (N,) integer
+    gates: Tensor,  # (N, T)
+) -> Tensor:  # (N, R, R)
+    """Mix all experts of the chosen group before they touch the data: M = Σ_j g_j Σ_p C[j,p] 𝒢[i₀,p].
+
+    Selecting the group is tensor indexing, so no value leaves the device.
+    """
+    weights_NP = torch.einsum("nt,tp->np", gates, expert_factor)
+    return torch.einsum("np,npqr->nqr", weights_NP, core.index_select(0, group))
+
+
+def low_rank_update(
+    x: Tensor,  # (..., D), rows of one unit contiguous
+    input_factor: Tensor,  # (D, R)
+    mix: Tensor,  # (N, R, R)
+    output_factor: Tensor,  # (O, R)
+) -> Tensor:  # (..., O)
+    """Apply U M Vᵀ to row vectors, every unit with its own M: ((x U) M) Vᵀ."""
+    units, rank, _ = mix.shape
+    rows = x.shape[:-1].numel() // units if units else 0
+    projected_NSR = (x @ input_factor).reshape(units, rows, rank)
+    mixed_NSR = torch.bmm(projected_NSR, mix)
+    return (mixed_NSR @ output_factor.mT).reshape(*x.shape[:-1], output_factor.shape[0])
+
+
+def pool(
+    x: Tensor,  # (N, S, D)
+    keep: Tensor | None,  # (N, S), 1 for a token that counts; None: all count
+    how: str,
+    reduce: Callable[[Tensor], Tensor] = lambda total: total,
+) -> Tensor:  # (N, D) for "mean", (N, 2 D) for "mean_std"
+    """Pool the tokens of every unit; a unit with no token that counts pools to (nearly) zero.
+
+    `reduce` adds up totals over processes where one unit is spread over several.
+    """
+    if keep is None:
+        keep = x.new_ones(x.shape[:2])
+    else:
+        keep = keep.to(x.dtype)
+        # Padded positions may hold anything, even inf or nan, which a product with zero would keep.
+        x = torch.where(keep.unsqueeze(-1) > 0, x, torch.zeros_like(x))
+    counts_N1 = reduce(keep.sum(1, keepdim=True)).clamp_min(1)
+    mean_ND = reduce(torch.einsum("ns,nsd->nd", keep, x)) / counts_N1
+    if how == "mean":
+        return mean_ND
+    squares_ND = reduce(torch.einsum("ns,nsd->nd", keep, (x - mean_ND.unsqueeze(1)).square()))
+    # The square root has no finite slope at 0: below a variance of 1e-12 the slope is 0 instead.
+    return torch.cat([mean_ND, (squares_ND / counts_N1).clamp_min(1e-12).sqrt()], dim=-1)
+
+
+def paper_affinity(
+    feature: Tensor,  # (N, F)
+    centroids: Tensor,  # (K T, F)
+    groups: int,
+) -> Tensor:  # (N, K, T)
+    """Scores of the paper: sigmoid of each group's T logits divided by their L2 norm.
+
+    With T = 1 a logit divided by its own norm is its sign: scores then carry no gradient to the centroids.
+    """
+    logits_NKT = torch.einsum("nf,cf->nc", feature, centroids).unflatten(-1, (groups, -1))
+    return torch.sigmoid(logits_NKT / safe_norm(logits_NKT, dim=-1, keepdim=True))
+
+
+def choose_group(scores: Tensor) -> Tensor:
+    """The group that holds the largest score: (N, K, T) to (N,)."""
+    return scores.amax(-1).argmax(-1)
+
+
+def group_gates(
+    scores: Tensor,  # (N, K, T)
+    group: Tensor,  # (N,)
+) -> Tensor:  # (N, T)
+    """The T scores of each unit's group, as they are."""
+    index = group.view(-1, 1, 1).expand(-1, 1, scores.shape[-1])
+    return scores.gather(1, index).squeeze(1)

@@ -1,0 +1,115 @@
+"""What an adapter will change in a model, worked out and checked before anything is touched."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from .config import TuckAConfig
+from .layer import TuckALayer, linear_features
+from .towers import Tower, find_towers, tower_of
+
+
+class LayerPlan(NamedTuple):
+    """One layer to adapt."""
+
+    rank: int
+    tower: Tower
+    routes: bool  # holds the router of its tower
+    router_sources: Optional[tuple[str, ...]]  # layers that may feed it; None: whichever runs first
+    factors_of: Optional[str]  # layer whose D-mode factors it shares
+
+
+def plan_adapter(tuner: BaseTuner, model: nn.Module, config: TuckAConfig, names: set[str] | None) -> dict:
+    """Plan an adapter: {layer name: LayerPlan}, in the order of the model's modules.
+
+    Parameters
+    ----------
+    tuner : BaseTuner
+        Decides by PEFT's rules which modules `config` targets.
+    names : set of str, optional
+        Names of the layers to adapt where a state dict, not the configuration, says it.
+
+    Raises
+    ------
+    ValueError
+        If a target is no linear layer, a rank exceeds a layer's width, or `router_module` names no adapted layer.
+    """
+    targets = _targets(tuner, model, config, names)
+    widths = {name: _checked_features(name, module) for name, module in targets.items()}
+    ranks = {name: _checked_rank(name, widths[name], config) for name in targets}
+    towers = find_towers(model)
+    layers_of: dict[Tower, list[str]] = {}
+    for name in targets:
+        layers_of.setdefault(tower_of(name, towers), []).append(name)
+    routing = _router_places(layers_of, config)
+    owners: dict[tuple, str] = {}
+    plans = {}
+    for name in targets:
+        kind = (name.rpartition(".")[2], *widths[name], ranks[name])
+        owner = owners.setdefault(kind, name) if config.share_factors else name
+        owner_name, sources = routing[tower_of(name, towers)]
+        plans[name] = LayerPlan(
+            ranks[name], tower_of(name, towers), name == owner_name, sources, None if owner == name else owner
+        )
+    return plans
+
+
+def _targets(tuner: BaseTuner, model: nn.Module, config: TuckAConfig, names: set[str] | None) -> dict[str, nn.Module]:
+    config = _maybe_include_all_linear_layers(config, model)
+    targets: dict[str, nn.Module] = {}
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name or name.startswith(inside):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside += (f"{name}.",)
+        matched = name in names if names is not None else tuner._check_target_module_exists(config, name)
+        if matched:
+            targets[name] = module
+    return targets
+
+
+def _checked_features(name: str, module: nn.Module) -> tuple[int, int]:
+    base = module.get_base_layer() if isinstance(module, TuckALayer) else module
+    features = linear_features(base)
+    if features is None:
+        raise ValueError(
+            f"target module {name!r} is a {type(base).__name__}; supported are torch.nn.Linear, transformers' Conv1D "
+            "and quantised linear layers that PEFT wraps"
+        )
+    return features
+
+
+def _checked_rank(name: str, features: tuple[int, int], config: TuckAConfig) -> int:
+    pattern = config.rank_pattern or {}
+    rank = pattern.get(get_pattern_key(list(pattern), name), config.r)
+    if rank > features[0]:
+        raise ValueError(f"rank r={rank} exceeds in_features={features[0]} of layer {name!r}")
+    if config.form == "additive" and rank > features[1]:
+        raise ValueError(f"rank r={rank} exceeds out_features={features[1]} of layer {name!r}")
+    return rank
+
+
+def _router_places(layers_of: dict[Tower, list[str]], config: TuckAConfig) -> dict:
+    """For every tower, the layer that holds the router and the layers that may feed it."""
+    wanted, places = config.router_module, {}
+    for tower, layers in layers_of.items():
+        chosen = [name for name in layers if wanted and (name == wanted or name.endswith(f".{wanted}"))]
+        exact = [name for name in chosen if name == wanted] or chosen
+        if len(exact) > 1:
+            raise ValueError(f"router_module={wanted!r} matches {len(exact)} adapted layers, {exact[0]!r} among them")
+        if exact:
+            places[tower] = (exact[0], (exact[0],))
+            continue
+        in_encoder = [name for name in layers if tower.encoder and name.startswith(f"{tower.encoder}.")]
+        places[tower] = ((in_encoder or layers)[0], tuple(in_encoder) or None)
+    if wanted and all(sources != (owner,) for owner, sources in places.values()):
+        adapted = [name for layers in layers_of.values() for name in layers]
+        raise ValueError(
+            f"router_module={wanted!r} names none of the {len(adapted)} adapted layers: {', '.join(adapted[:5])}, …"
+        )
+    return places

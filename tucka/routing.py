@@ -1,0 +1,163 @@
+"""The route, and the router that takes it: one per model, or one per tower.
+
+Shape legend: N routed units, S positions, D input features of the router's layer, F features of the pooled input,
+K groups, T experts in a group (see `tucka.ops`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor, nn
+
+from . import balance, ops
+from .config import TuckAConfig
+
+
+class Route(NamedTuple):
+    """What a router decided for one forward of the base model; every field is a tensor, so nothing leaves the device.
+
+    `scores` is None in a route that a user made by hand; with `gates` None as well, the router scores the groups that
+    were chosen for it.
+    """
+
+    group: Tensor  # (N,) chosen group of every routed unit
+    gates: Optional[Tensor] = None  # (N, T) weight of each expert of that group
+    scores: Optional[Tensor] = None  # (N, K, T) scores of all experts
+
+    def map(self, function) -> Route:
+        """Apply a function to every tensor present."""
+        return Route(*(None if field is None else function(field) for field in self))
+
+    def detach(self) -> Route:
+        """The same route without its gradient."""
+        return self.map(Tensor.detach)
+
+    def expand(self, samples: int) -> Route:
+        """Repeat every unit for the samples made from it: beams and returned sequences of one prompt share its route.
+
+        Raises
+        ------
+        ValueError
+            If the number of samples is no multiple of the number of units.
+        """
+        units = self.group.shape[0]
+        if units in (1, samples):
+            return self
+        if units == 0 or samples % units:
+            raise ValueError(f"a route of {units} units cannot serve {samples} samples: not a multiple")
+        return self.map(lambda field: field.repeat_interleave(samples // units, dim=0))
+
+
+class Router(nn.Module):
+    """Centroids, and the rule that turns the first adapted layer's input into a route.
+
+    Parameters
+    ----------
+    config : TuckAConfig
+        Reads k, t, routing, affinity, pooling, pool_padding, balance_bias, balance_rate, perturb_scale, init_router
+        and sync_route.
+    width : int
+        Input features D of the router's layer.
+    sources : tuple of str, optional
+        Names of the only layers whose input may feed this router.
+    """
+
+    centroids: nn.Parameter  # (K T, F)
+    initialised: Tensor  # () bool
+    balance_bias: Optional[Tensor]  # (K, T)
+
+    def __init__(
+        self,
+        config: TuckAConfig,
+        width: int,
+        sources: tuple[str, ...] | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.width = width
+        self.sources = sources
+        features = width * (2 if config.pooling == "mean_std" else 1)
+        self.centroids = nn.Parameter(torch.empty(config.k * config.t, features, device=device, dtype=dtype))
+        nn.init.kaiming_uniform_(self.centroids, a=5**0.5)
+        self.register_buffer("initialised", torch.tensor(config.init_router != "perturb", device=device))
+        bias = torch.zeros(config.k, config.t, device=device, dtype=dtype) if config.balance_bias else None
+        self.register_buffer("balance_bias", bias)
+        # Kept beside the buffer because reading a buffer in every forward would wait for the device.
+        self.awaits_start = config.init_router == "perturb"
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether every sample is a routed unit."""
+        return self.config.routing == "sample"
+
+    def feature(
+        self,
+        x: Tensor,  # (N, S, D)
+        keep: Tensor | None,  # (N, S)
+    ) -> Tensor:  # (N, F)
+        """Pool the router layer's input in the centroids' precision."""
+        reduce = _sum_over_processes if self.config.sync_route and _is_distributed() else _this_process
+        with _no_autocast(x):
+            keep = None if self.config.pool_padding else keep
+            return ops.pool(x.to(self.centroids.dtype), keep, self.config.pooling, reduce)
+
+    def forward(
+        self,
+        feature: Tensor,  # (N, F)
+        group: Tensor | None = None,  # (N',) groups chosen by the user
+    ) -> Route:
+        """Score all experts, choose a group (unless it is given) and read its gates."""
+        with _no_autocast(feature):
+            scores = ops.paper_affinity(feature, self.centroids, self.config.k)
+            if group is None:
+                biased = scores.detach() if self.balance_bias is None else scores.detach() + self.balance_bias
+                group = ops.choose_group(biased)
+            else:
+                units = max(scores.shape[0], group.shape[0])
+                scores, group = scores.expand(units, -1, -1), group.expand(units)
+            return Route(group, ops.group_gates(scores, group), scores)
+
+    @torch.no_grad()
+    def start(self, feature: Tensor) -> None:
+        """The paper's start: centroid 1 is the first batch's feature, the others that feature plus
+        U(−1, 1)·perturb_scale per entry. Written into the parameter, so an optimiser built before keeps it."""
+        noise = torch.rand_like(self.centroids) * 2 - 1
+        noise[0] = 0
+        self.centroids.copy_(feature.detach().mean(0) + self.config.perturb_scale * noise)
+        self.initialised.fill_(True)
+        self.awaits_start = False
+
+    @torch.no_grad()
+    def balance(self, group: Tensor) -> None:
+        """Move the balancing bias against the load of one training forward; does nothing without `balance_bias`."""
+        if self.balance_bias is not None:
+            self.balance_bias += balance.bias_step(group, self.config.k, self.config.balance_rate).unsqueeze(-1)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        flag = state_dict.get(prefix + "initialised")
+        if flag is not None:
+            self.awaits_start = not bool(flag)
+
+
+def _this_process(total: Tensor) -> Tensor:
+    return total
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _sum_over_processes(total: Tensor) -> Tensor:
+    from torch.distributed.nn.functional import all_reduce
+
+    return all_reduce(total)
+
+
+def _no_autocast(x: Tensor):
+    """Routes are discrete: reduced precision would flip near ties."""
+    return torch.autocast(device_type=x.device.type, enabled=False)
