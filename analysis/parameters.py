@@ -80,7 +80,7 @@ def layer_shapes(model: nn.Module, target_modules: str | Iterable[str] | PeftCon
     if adapted:
         raise ValueError(f"layers are read before adaptation, but {len(adapted)} are adapted, first {adapted[0]!r}")
     config = _selection(target_modules, model)
-    shapes = []
+    shapes: list[LayerShape] = []
     for name, module in model.named_modules():
         # The empty name is the model itself, which PEFT never replaces.
         if name and check_target_module_exists(config, name):
@@ -156,18 +156,16 @@ def oft(shape: LayerShape, r: int | None = None, block_size: int | None = None) 
     ----------
     .. [1] Qiu et al., "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", arXiv 2306.07280.
     """
-    if (r is None) == (block_size is None):
-        raise ValueError(f"oft takes exactly one of r and block_size, got r={r} and block_size={block_size}")
     width = shape.in_features
-    if block_size is None:
+    if r is not None and block_size is None:
         _check_size(shape, "number of blocks r", r, in_features=width)
-        blocks = _nearest_divisor(width, r)
-        block_size = width // blocks
-    else:
+        used = width // _nearest_divisor(width, r)
+    elif block_size is not None and r is None:
         _check_size(shape, "block_size", block_size, in_features=width)
-        block_size = _nearest_divisor(width, block_size)
-        blocks = width // block_size
-    return blocks * block_size * (block_size - 1) // 2
+        used = _nearest_divisor(width, block_size)
+    else:
+        raise ValueError(f"oft takes exactly one of r and block_size, got r={r} and block_size={block_size}")
+    return (width // used) * (used * (used - 1) // 2)
 
 
 def tucka(shape: LayerShape, config: TuckAConfig) -> int:
@@ -293,13 +291,13 @@ def _layers_borrowing_factors(shapes: Sequence[LayerShape], config: TuckAConfig)
     return borrowers
 
 
-def _selection(target_modules: str | Iterable[str] | PeftConfig, model: nn.Module) -> PeftConfig:
+def _selection(target_modules: str | Iterable[str] | PeftConfig, model: nn.Module) -> Any:
     """Return a config of our own that PEFT's matching rule can read, with "all-linear" spelt out."""
     if isinstance(target_modules, PeftConfig):
         # Copied because spelling out "all-linear" writes into the config.
-        config = copy.copy(target_modules)
+        config: Any = copy.copy(target_modules)
     else:
-        names = target_modules if isinstance(target_modules, str) else set(target_modules)
+        names = target_modules if isinstance(target_modules, str) else sorted(target_modules)
         # Any method's config would do: how layers are selected is the same for all of them.
         config = LoraConfig(target_modules=names)
     if config.target_modules is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any, Optional
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from .config import TuckAConfig
 from .dispatch import Dispatcher
+from .generation import keep_prompt_routes, release_prompt_routes
 from .layer import TuckALayer
 from .plan import LayerPlan, plan_adapter
 from .state import adapted_names_in, modernise_targets, read_published_weights, require_whole_adapter
@@ -64,6 +64,7 @@ class TuckAModel(BaseTuner):
             )
         finally:
             del self._plans, self._injected_into
+        keep_prompt_routes(model, dispatchers_of)
 
     def _create_and_replace(
         self,
@@ -78,7 +79,8 @@ class TuckAModel(BaseTuner):
         plan = self._plans[current_key]
         layer = target
         if not isinstance(layer, TuckALayer):
-            layer = TuckALayer(target, current_key, self._dispatcher(self._injected_into, plan.tower))
+            layer = TuckALayer(target, current_key, self._dispatcher(plan.tower))
+            self._attach(layer, plan.tower)
         factors_of = None
         if plan.factors_of is not None:
             factors_of = self._injected_into.get_submodule(plan.factors_of).tucka_experts[adapter_name]
@@ -95,22 +97,16 @@ class TuckAModel(BaseTuner):
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
-    def _dispatcher(self, model: nn.Module, tower: Tower) -> Dispatcher:
-        """The dispatcher of a tower, attached to the model when the tower is first adapted."""
-        known = dispatchers_of(model)
-        if tower.name in known:
-            return known[tower.name]
-        encoder = model.get_submodule(tower.encoder) if tower.encoder else None
-        dispatcher = Dispatcher(tower.name, encoder)
-        dispatcher.attachment = Attachment(dispatcher, model, tower)
-        return dispatcher
+    def _dispatcher(self, tower: Tower) -> Dispatcher:
+        model = self._injected_into
+        known = dispatchers_of(model).get(tower.name)
+        return known or Dispatcher(tower.name, model.get_submodule(tower.encoder) if tower.encoder else None)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's `generate`; every step, cached or not, keeps the route of the prompt."""
-        with ExitStack() as stack:
-            for dispatcher in dispatchers_of(self.model).values():
-                stack.enter_context(dispatcher.generating())
-            return self.model.generate(*args, **kwargs)
+    def _attach(self, layer: TuckALayer, tower: Tower) -> None:
+        """Hook a new dispatcher to its tower; a layer outside all towers is its own."""
+        if layer.dispatcher.attachment is None:
+            root = layer if tower.name == layer.name else self._injected_into.get_submodule(tower.name)
+            layer.dispatcher.attachment = Attachment(layer.dispatcher, root)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Adapters are made in single precision; who asks for the base model's precision gets that.
@@ -134,6 +130,7 @@ class TuckAModel(BaseTuner):
         model = super()._unload_and_optionally_merge(False, *args, **kwargs)
         for dispatcher in dispatchers:
             dispatcher.attachment.remove()
+        release_prompt_routes(model)
         return model
 
     @classmethod

@@ -37,7 +37,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):
     normalize : bool
         Every core slice of a group, C, U, V and the shared slice act divided by their Frobenius norms.
     hold_factors : bool
-        The D-mode factors are never trained.
+        The D-mode factors are buffers, never trained.
     """
 
     def __init__(
@@ -55,18 +55,20 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):
         super(TuckerTensor, self).__init__()  # TuckerTensor's own would register every factor, the tied one twice
         self.core = core
         self.expert_factor = expert_factor
-        self.register_parameter("input_factor", input_factor)
-        self.register_parameter("output_factor", output_factor)
+        for factor_name, factor in (("input_factor", input_factor), ("output_factor", output_factor)):
+            # A buffer is saved and moved like a parameter, and nothing that trains adapters can train it.
+            if hold_factors and factor is not None:
+                self.register_buffer(factor_name, factor.data)
+            else:
+                self.register_parameter(factor_name, factor)
         self.register_parameter("shared_core", shared_core)
         # A tuple hides the module from registration: the parameters stay where they were registered first.
         self._factors_of = (factors_of,)
         self.normalize = normalize
-        self.hold_factors = hold_factors
         with tl.backend_context("pytorch", local_threadsafe=True):
             validated = tl.tucker_tensor.TuckerTensor((core, self._raw_factors()))
         self.shape, self.rank = validated.shape, validated.rank
         self.order = len(self.shape)
-        self.requires_grad_(True)
 
     @classmethod
     def new(
@@ -203,19 +205,11 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):
             nn.init.normal_(parameter, std=(std / terms**0.5) ** 0.25)
         return self
 
-    def requires_grad_(self, requires_grad: bool = True) -> ExpertTensor:
-        """As for any module, but held factors stay held."""
-        super().requires_grad_(requires_grad)
-        if self.hold_factors:
-            for factor in self._own_factors()[1:]:
-                factor.requires_grad_(False)
-        return self
-
     def __getitem__(self, indices: Any) -> Tensor:
         """Index the formed tensor; experts are mixed in factored form by `mix`, not by indexing."""
         return self.to_tensor()[indices]
 
-    def _own_factors(self) -> list[nn.Parameter]:
+    def _own_factors(self) -> list[Tensor]:
         owned = (self.expert_factor, self.input_factor, self.output_factor)
         return [factor for factor in owned if factor is not None]
 

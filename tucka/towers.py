@@ -96,11 +96,11 @@ def tower_of(layer_name: str, towers: list[Tower]) -> Tower:
 
 
 class Attachment:
-    """The hooks of one dispatcher on the model it serves, and their removal."""
+    """The hooks of one dispatcher on the root module of its tower, and their removal."""
 
-    def __init__(self, dispatcher: Dispatcher, model: nn.Module, tower: Tower) -> None:
+    def __init__(self, dispatcher: Dispatcher, root: nn.Module) -> None:
         self.dispatcher = dispatcher
-        self.root = model.get_submodule(tower.name)
+        self.root = root
         self._checkpointed = checkpointed_modules(self.root)
         self._handles: list[RemovableHandle] = []
         for module in self._entries():

@@ -1,0 +1,37 @@
+"""One route for a whole `generate`: every step, cached or not, keeps the route of its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+from torch import nn
+from transformers import GenerationMixin
+
+
+def keep_prompt_routes(model: nn.Module, dispatchers_of: Callable) -> None:
+    """Let every generating model inside `model` hold its routes while it generates."""
+    for module in model.modules():
+        if isinstance(module, GenerationMixin) and not _is_ours(module):
+            module.generate = partial(_generate, model, dispatchers_of, module.generate)  # type: ignore[method-assign]
+
+
+def release_prompt_routes(model: nn.Module) -> None:
+    """Undo `keep_prompt_routes`."""
+    for module in model.modules():
+        if _is_ours(module):
+            del vars(module)["generate"]
+
+
+def _is_ours(module: nn.Module) -> bool:
+    method = vars(module).get("generate")
+    return isinstance(method, partial) and method.func is _generate
+
+
+def _generate(model: nn.Module, dispatchers_of: Callable, method: Callable, *args: Any, **kwargs: Any) -> Any:
+    with ExitStack() as stack:
+        for dispatcher in dispatchers_of(model).values():
+            stack.enter_context(dispatcher.generating())
+        return method(*args, **kwargs)
