@@ -1,0 +1,141 @@
+"""Tiny, randomly initialised models of the architectures the library is tested on, and their batches."""
+
+import warnings
+
+import pytest
+import tensorly as tl
+import torch
+import transformers as tf
+
+import tucka
+
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+tf.logging.set_verbosity_error()
+
+EOS, VOCABULARY = 2, 50
+NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def _bert():
+    sizes = dict(**NO_DROPOUT, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40)
+    return tf.BertForSequenceClassification(tf.BertConfig(**sizes, vocab_size=VOCABULARY, max_position_embeddings=32))
+
+
+def _deberta():
+    sizes = dict(**NO_DROPOUT, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40)
+    positions = dict(relative_attention=True, position_buckets=4, share_att_key=True, pos_att_type=["c2p", "p2c"])
+    extra = dict(norm_rel_ebd="layer_norm", position_biased_input=False, max_position_embeddings=32)
+    config = tf.DebertaV2Config(**sizes, **positions, **extra, vocab_size=VOCABULARY)
+    return tf.DebertaV2ForSequenceClassification(config)
+
+
+def _vit():
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40)
+    return tf.ViTForImageClassification(tf.ViTConfig(**sizes, image_size=8, patch_size=4, num_channels=1))
+
+
+def _gpt2():
+    sizes = dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
+    tokens = dict(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=EOS, pad_token_id=EOS)
+    return tf.GPT2LMHeadModel(tf.GPT2Config(**sizes, **tokens))
+
+
+def _llama():
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    tokens = dict(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=EOS, pad_token_id=EOS)
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, **tokens, intermediate_size=40))
+
+
+def _t5():
+    sizes = dict(d_model=32, d_ff=40, num_layers=2, num_heads=4, d_kv=8, dropout_rate=0.0)
+    return tf.T5ForConditionalGeneration(tf.T5Config(**sizes, vocab_size=VOCABULARY, decoder_start_token_id=0))
+
+
+def _bart():
+    encoder = dict(encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=40)
+    decoder = dict(decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=40)
+    config = tf.BartConfig(d_model=32, dropout=0.0, **encoder, **decoder, vocab_size=VOCABULARY, max_position_embeddings=64)
+    return tf.BartForConditionalGeneration(config)
+
+
+def _clip():
+    sizes = dict(num_hidden_layers=2, num_attention_heads=4, intermediate_size=40)
+    text = dict(**sizes, hidden_size=32, vocab_size=VOCABULARY, max_position_embeddings=32, eos_token_id=EOS)
+    vision = dict(**sizes, hidden_size=24, image_size=8, patch_size=4)
+    return tf.CLIPModel(tf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+
+
+BUILDERS = dict(bert=_bert, deberta=_deberta, vit=_vit, gpt2=_gpt2, llama=_llama, t5=_t5, bart=_bart, clip=_clip)
+ARCHITECTURES = list(BUILDERS)
+
+
+def build(name, dtype=torch.float32, seed=0):
+    """A tiny model; the same seed gives the same weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = BUILDERS[name]().to(dtype).eval()
+        for parameter in model.parameters():  # biases and pad embeddings start at zero, which would hide leaks
+            parameter.data.add_(torch.randn_like(parameter) * 0.02)
+    return model
+
+
+def text_batch(samples=3, positions=7, padded=True, left=False):
+    """Token ids and their mask; row 1 is padded with the end token."""
+    generator = torch.Generator().manual_seed(samples * 100 + positions)
+    input_ids = torch.randint(3, VOCABULARY, (samples, positions), generator=generator)
+    mask = torch.ones_like(input_ids)
+    if padded and samples > 1:
+        mask[1, 4:] = 0
+        if left:
+            mask = mask.flip(1)
+        input_ids = torch.where(mask.bool(), input_ids, EOS)
+    return {"input_ids": input_ids, "attention_mask": mask}
+
+
+def batch_for(name, samples=3, dtype=torch.float32, **options):
+    """A batch that architecture takes, with labels where it has a loss."""
+    generator = torch.Generator().manual_seed(samples)
+    if name == "vit":
+        pixels = torch.randn(samples, 1, 8, 8, generator=generator).to(dtype)
+        return {"pixel_values": pixels, "labels": torch.arange(samples) % 2}
+    batch = text_batch(samples, **options)
+    if name in ("bert", "deberta"):
+        batch["labels"] = torch.arange(samples) % 2
+    elif name in ("t5", "bart"):
+        batch["labels"] = batch["input_ids"][:, :5].contiguous()
+    elif name == "clip":
+        batch["pixel_values"] = torch.randn(samples, 3, 8, 8, generator=generator).to(dtype)
+        batch["return_loss"] = True
+    else:
+        batch["labels"] = batch["input_ids"]
+    return batch
+
+
+def first_output(output):
+    """The tensor to compare: logits, or a two-tower model's similarities."""
+    return output.logits_per_text if "logits_per_text" in output else output.logits
+
+
+def randomise(model, scale=0.3, seed=1):
+    """Move every trainable parameter, so that the adapter acts and every group acts differently."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * scale)
+    return model
+
+
+def adapted(name, dtype=torch.float32, calibrate=True, **fields):
+    """A tiny model with a randomised adapter."""
+    config = tucka.TuckAConfig(**{"r": 4, "k": 3, **fields})
+    batch = batch_for(name, dtype=dtype)
+    return randomise(tucka.apply(build(name, dtype), config, calibration=[batch] if calibrate else None))
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    torch.manual_seed(0)
+    backend = tl.get_backend()
+    yield
+    assert tl.get_backend() == backend, "the library left tensorly's backend changed"
