@@ -54,7 +54,9 @@ def _t5():
 def _bart():
     encoder = dict(encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=40)
     decoder = dict(decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=40)
-    config = tf.BartConfig(d_model=32, dropout=0.0, **encoder, **decoder, vocab_size=VOCABULARY, max_position_embeddings=64)
+    config = tf.BartConfig(
+        d_model=32, dropout=0.0, **encoder, **decoder, vocab_size=VOCABULARY, max_position_embeddings=64
+    )
     return tf.BartForConditionalGeneration(config)
 
 

@@ -51,9 +51,10 @@ class Golden:
         return found
 
     def loss(self, logits):
-        return 10 * (logits * torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)).mean() + (
-            logits**2
-        ).mean()
+        return (
+            10 * (logits * torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)).mean()
+            + (logits**2).mean()
+        )
 
 
 @pytest.fixture(params=NAMES)

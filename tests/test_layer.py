@@ -48,10 +48,14 @@ def formed_experts(tensor):
     core, c = tensor.core, act(tensor.expert_factor)
     u, v = act(tensor.input_mode), act(tensor.output_mode)
     groups, experts = core.shape[0], c.shape[0]
-    formed = torch.stack([
-        torch.stack([u @ sum(c[j, p] * act(core[i])[p] for p in range(core.shape[1])) @ v.T for j in range(experts)])
-        for i in range(groups)
-    ])
+    formed = torch.stack(
+        [
+            torch.stack(
+                [u @ sum(c[j, p] * act(core[i])[p] for p in range(core.shape[1])) @ v.T for j in range(experts)]
+            )
+            for i in range(groups)
+        ]
+    )
     shared = 0 if tensor.shared_core is None else u @ act(tensor.shared_core) @ v.T
     return formed, shared
 

@@ -46,6 +46,7 @@ def apply(
         Batches the model takes. The first one starts the router from data (`init_router="perturb"`); without it the
         first training batch does, in place.
     adapter_name : str
+        Name of the adapter.
 
     Returns
     -------

@@ -26,6 +26,7 @@ class RouteKeepingCheckpoint:
         self.function = function
 
     def __call__(self, block: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Checkpoint a block that takes its scope along."""
         # Compiled code is not called again to be recomputed.
         if self.dispatcher.scope is not None and not torch.compiler.is_compiling():
             block = _Block(self.dispatcher, block)
@@ -78,6 +79,7 @@ def checkpointed_modules(model: nn.Module) -> list[nn.Module]:
 
 def keep_routes(dispatcher: Dispatcher, modules: list[nn.Module]) -> None:
     """Wrap the checkpoint function of every module that has checkpointing switched on."""
+    module: Any
     for module in modules:
         if module.gradient_checkpointing and not isinstance(
             module._gradient_checkpointing_func, RouteKeepingCheckpoint
@@ -89,6 +91,7 @@ def keep_routes(dispatcher: Dispatcher, modules: list[nn.Module]) -> None:
 
 def release_routes(modules: list[nn.Module]) -> None:
     """Put back the checkpoint functions that `keep_routes` wrapped."""
+    module: Any
     for module in modules:
         function = vars(module).get("_gradient_checkpointing_func")
         if isinstance(function, RouteKeepingCheckpoint):

@@ -176,7 +176,8 @@ class TuckAConfig(PeftConfig):
     @classmethod
     def paper(cls, **fields: Any) -> TuckAConfig:
         """The paper's preset: normalised parameters, batch routing, per-group normalised sigmoid scores, perturbed
-        centroids; sizes as published for GLUE (r=8, k=t=p=2, α=2, perturbation 10). `fields` override any of it."""
+        centroids; sizes as published for GLUE (r=8, k=t=p=2, α=2, perturbation 10). `fields` override any of it.
+        """
         sizes = dict(r=8, k=2, t=2, p=2, alpha=2.0, perturb_scale=10.0)
         return cls(**{**PAPER, **sizes, **fields})
 
@@ -220,7 +221,7 @@ def validate(config: TuckAConfig) -> None:
     _check_count("format_version", config.format_version)
     if config.format_version > FORMAT_VERSION:
         raise ValueError(
-            f"format_version={config.format_version} was written by a later tucka; this one reads up to {FORMAT_VERSION}"
+            f"format_version={config.format_version} is of a later tucka; this one reads up to {FORMAT_VERSION}"
         )
     if config.rank_pattern is not None:
         if not isinstance(config.rank_pattern, dict):

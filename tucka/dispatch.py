@@ -184,8 +184,7 @@ class Dispatcher:
             feature.register_hook(_adding_gradient_of(scope.recomputed[adapter_name]))
         route = router(feature, _pinned_group(scope))
         if scope.warm is not None and adapter_name in scope.kept:
-            pairs = zip(scope.kept[adapter_name], route)
-            route = Route(*(torch.where(scope.warm, kept, fresh) for kept, fresh in pairs))
+            route = _where(scope.warm, scope.kept[adapter_name], route)
         return route
 
     def _units(self, router: Router, layer_name: str, x: Tensor, scope: Scope) -> tuple[Tensor, Tensor | None]:
@@ -236,6 +235,15 @@ class Dispatcher:
             self.memory = before
 
     @contextmanager
+    def pinning(self, route: Route) -> Iterator[None]:
+        """Use that route in every forward opened meanwhile."""
+        before, self.pinned = self.pinned, route
+        try:
+            yield
+        finally:
+            self.pinned = before
+
+    @contextmanager
     def recording(self, adapter_name: str, routes: list[Route]) -> Iterator[None]:
         """Append an adapter's route of every forward to a list."""
         entry = (adapter_name, routes)
@@ -260,6 +268,12 @@ class Dispatcher:
 def _expanded(routes: dict[str, Route], scope: Scope) -> dict[str, Route]:
     samples = scope.inputs.samples
     return {name: route if samples is None else route.expand(samples) for name, route in routes.items()}
+
+
+def _where(condition: Tensor, kept: Route, fresh: Route) -> Route:
+    """One of two routes that a router took, chosen on the device."""
+    pairs: Any = zip(kept, fresh)
+    return Route(*(torch.where(condition, one, other) for one, other in pairs))
 
 
 def _pinned_group(scope: Scope) -> Tensor | None:

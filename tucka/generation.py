@@ -13,9 +13,10 @@ from transformers import GenerationMixin
 
 def keep_prompt_routes(model: nn.Module, dispatchers_of: Callable) -> None:
     """Let every generating model inside `model` hold its routes while it generates."""
+    module: Any
     for module in model.modules():
-        if isinstance(module, GenerationMixin) and not _is_ours(module):
-            module.generate = partial(_generate, model, dispatchers_of, module.generate)  # type: ignore[method-assign]
+        if not _is_ours(module) and isinstance(module, GenerationMixin):
+            vars(module)["generate"] = partial(_generate, model, dispatchers_of, module.generate)  # type: ignore[misc]
 
 
 def release_prompt_routes(model: nn.Module) -> None:

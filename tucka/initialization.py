@@ -55,7 +55,9 @@ def initialize(model: nn.Module, calibration: Iterable[Any], adapter_name: str |
     dispatchers = [d for d in dispatchers_of(model).values() if name in d.router_owners]
     starting = [d for d in dispatchers if d.router(name).config.init_router == "perturb"]
     if not starting:
-        raise ValueError(f"adapter {name!r} draws its centroids without data; only init_router='perturb' starts from it")
+        raise ValueError(
+            f"adapter {name!r} draws its centroids without data; only init_router='perturb' starts from it"
+        )
     batch = next(iter(calibration), None)
     if batch is None:
         raise ValueError("calibration yields no batch; the start needs one")

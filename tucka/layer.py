@@ -33,7 +33,10 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return None
     known = isinstance(module, (nn.Linear, Conv1D)) or type(module).__name__ in QUANTIZED
-    return _get_in_out_features(module) if known or is_gptqmodel_quant_linear(module) else None
+    if not known and not is_gptqmodel_quant_linear(module):
+        return None
+    in_features, out_features = _get_in_out_features(module)
+    return None if in_features is None or out_features is None else (in_features, out_features)
 
 
 class TuckALayer(nn.Module, BaseTunerLayer):
@@ -57,7 +60,10 @@ class TuckALayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.name = name
         self.dispatcher = dispatcher
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        features = linear_features(self.get_base_layer())
+        if features is None:
+            raise ValueError(f"layer {name!r} is a {type(self.get_base_layer()).__name__}, which cannot be adapted")
+        self.in_features, self.out_features = features
         self.tucka_experts = nn.ModuleDict()
         self.tucka_router = nn.ModuleDict()
         self.tucka_alpha: dict[str, float] = {}
@@ -110,9 +116,9 @@ class TuckALayer(nn.Module, BaseTunerLayer):
 
     def _update(self, adapter_name: str, x: Tensor) -> Tensor:
         """α x U M Vᵀ at the route of this forward, (..., D) to (..., O)."""
-        experts = self.tucka_experts[adapter_name]
+        experts: Any = self.tucka_experts[adapter_name]
         route = self.dispatcher.route(adapter_name, self.name, x)
-        group, gates = (None, None) if route is None else (route.group.to(x.device), route.gates.to(x.device))
+        group, gates, _ = (None, None, None) if route is None else route.to(x.device)
         with torch.autocast(device_type=x.device.type, enabled=False):  # R×R work, in the parameters' precision
             mix = experts.mix(group, gates)
         mix = (mix * self.tucka_alpha[adapter_name]).to(x.dtype)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from .config import TuckAConfig
 from .dispatch import Dispatcher
 from .generation import keep_prompt_routes, release_prompt_routes
 from .layer import TuckALayer
@@ -47,7 +45,7 @@ class TuckAModel(BaseTuner):
         state_dict: Optional[dict[str, Tensor]] = None,
     ) -> None:
         """Add an adapter. All that can be refused is refused before the model is touched."""
-        config = self.peft_config[adapter_name]
+        config: Any = self.peft_config[adapter_name]
         config = self._prepare_adapter_config(config, self.get_model_config(model))
         if config.from_published_code:
             modernise_targets(config, model)
@@ -68,7 +66,7 @@ class TuckAModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: TuckAConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -83,7 +81,8 @@ class TuckAModel(BaseTuner):
             self._attach(layer, plan.tower)
         factors_of = None
         if plan.factors_of is not None:
-            factors_of = self._injected_into.get_submodule(plan.factors_of).tucka_experts[adapter_name]
+            owner: Any = self._injected_into.get_submodule(plan.factors_of)
+            factors_of = owner.tucka_experts[adapter_name]
         layer.update_layer(
             adapter_name,
             peft_config,
@@ -123,19 +122,19 @@ class TuckAModel(BaseTuner):
             "Keep the adapter, or unload() it"
         )
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
             self._check_merge_allowed()
         dispatchers = dispatchers_of(self.model).values()
-        model = super()._unload_and_optionally_merge(False, *args, **kwargs)
+        super()._unload_and_optionally_merge(False, *args, **kwargs)
         for dispatcher in dispatchers:
             dispatcher.attachment.remove()
-        release_prompt_routes(model)
-        return model
+        release_prompt_routes(self.model)
+        return self.model
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: TuckAConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         state_dict = read_published_weights(model, adapter_name, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)

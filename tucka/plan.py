@@ -23,13 +23,19 @@ class LayerPlan(NamedTuple):
     factors_of: Optional[str]  # layer whose D-mode factors it shares
 
 
-def plan_adapter(tuner: BaseTuner, model: nn.Module, config: TuckAConfig, names: set[str] | None) -> dict:
+def plan_adapter(
+    tuner: BaseTuner, model: nn.Module, config: TuckAConfig, names: set[str] | None
+) -> dict[str, LayerPlan]:
     """Plan an adapter: {layer name: LayerPlan}, in the order of the model's modules.
 
     Parameters
     ----------
     tuner : BaseTuner
         Decides by PEFT's rules which modules `config` targets.
+    model : Module
+        The model to adapt, whether or not it carries other adapters.
+    config : TuckAConfig
+        The adapter's configuration, with its targets resolved.
     names : set of str, optional
         Names of the layers to adapt where a state dict, not the configuration, says it.
 
@@ -59,7 +65,7 @@ def plan_adapter(tuner: BaseTuner, model: nn.Module, config: TuckAConfig, names:
 
 
 def _targets(tuner: BaseTuner, model: nn.Module, config: TuckAConfig, names: set[str] | None) -> dict[str, nn.Module]:
-    config = _maybe_include_all_linear_layers(config, model)
+    _maybe_include_all_linear_layers(config, model)  # writes the names it finds into the configuration
     targets: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -96,7 +102,8 @@ def _checked_rank(name: str, features: tuple[int, int], config: TuckAConfig) -> 
 
 def _router_places(layers_of: dict[Tower, list[str]], config: TuckAConfig) -> dict:
     """For every tower, the layer that holds the router and the layers that may feed it."""
-    wanted, places = config.router_module, {}
+    wanted = config.router_module
+    places: dict[Tower, tuple[str, tuple[str, ...] | None]] = {}
     for tower, layers in layers_of.items():
         chosen = [name for name in layers if wanted and (name == wanted or name.endswith(f".{wanted}"))]
         exact = [name for name in chosen if name == wanted] or chosen

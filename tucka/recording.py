@@ -23,6 +23,7 @@ def record_routes(model: nn.Module, adapter_name: str | None = None) -> Iterator
     Parameters
     ----------
     model : PeftModel
+        The adapted model.
     adapter_name : str, optional
         Whose routes; default: the active adapter's.
 
@@ -53,6 +54,7 @@ def pin_route(model: nn.Module, route: Pinned | Mapping[str, Pinned]) -> Iterato
     Parameters
     ----------
     model : PeftModel
+        The adapted model.
     route : Route, or integers, or a dict of either by tower name
         A whole `Route` (one that `record_routes` recorded gives identical outputs), or only the group of every
         sample, whose gates the router then computes: one id per sample serves a batch of mixed tasks.
@@ -69,19 +71,15 @@ def pin_route(model: nn.Module, route: Pinned | Mapping[str, Pinned]) -> Iterato
     if not isinstance(route, Mapping):
         if len(dispatchers) > 1:
             raise ValueError(f"the model has {len(dispatchers)} towers: give a route for each of {list(dispatchers)}")
-        route = {name: route for name in dispatchers}
+        route = dict.fromkeys(dispatchers, route)
     unknown = [name for name in route if name not in dispatchers]
     if unknown:
         raise ValueError(f"{unknown[0]!r} is no tower of the model; its towers are {list(dispatchers)}")
     pinned = {name: _checked(value, dispatchers[name]) for name, value in route.items()}
-    before = {name: dispatchers[name].pinned for name in pinned}
-    for name, value in pinned.items():
-        dispatchers[name].pinned = value
-    try:
+    with ExitStack() as stack:
+        for name, value in pinned.items():
+            stack.enter_context(dispatchers[name].pinning(value))
         yield
-    finally:
-        for name, value in before.items():
-            dispatchers[name].pinned = value
 
 
 def _checked(route: Pinned, dispatcher: Dispatcher) -> Route:
@@ -89,8 +87,7 @@ def _checked(route: Pinned, dispatcher: Dispatcher) -> Route:
     whole = route if isinstance(route, Route) else Route(torch.as_tensor(route))
     if whole.group.ndim != 1 or whole.group.is_floating_point():
         raise ValueError(f"group holds one integer per routed unit, but has shape {tuple(whole.group.shape)}")
-    for name in dispatcher.router_owners:
-        router = dispatcher.router(name)
+    for router in map(dispatcher.router, dispatcher.router_owners):
         lowest, highest = (int(whole.group.min()), int(whole.group.max())) if whole.group.numel() else (0, 0)
         if lowest < 0 or highest >= router.config.k:
             raise ValueError(f"groups run from 0 to k-1={router.config.k - 1}, but the route names {lowest}…{highest}")
@@ -99,5 +96,5 @@ def _checked(route: Pinned, dispatcher: Dispatcher) -> Route:
                 f"gates have shape {tuple(whole.gates.shape)}, but {whole.group.shape[0]} units of t="
                 f"{router.config.t} experts need {(whole.group.shape[0], router.config.t)}"
             )
-        whole = whole.map(lambda field: field.detach().to(router.centroids.device))
-    return whole._replace(group=whole.group.long())
+        device = router.centroids.device
+    return whole._replace(group=whole.group.long()).detach().to(device)

@@ -28,11 +28,16 @@ class Route(NamedTuple):
 
     def map(self, function) -> Route:
         """Apply a function to every tensor present."""
-        return Route(*(None if field is None else function(field) for field in self))
+        gates = None if self.gates is None else function(self.gates)
+        return Route(function(self.group), gates, None if self.scores is None else function(self.scores))
 
     def detach(self) -> Route:
         """The same route without its gradient."""
         return self.map(Tensor.detach)
+
+    def to(self, device: torch.device) -> Route:
+        """The same route on a device."""
+        return self.map(lambda field: field.to(device))
 
     def expand(self, samples: int) -> Route:
         """Repeat every unit for the samples made from it: beams and returned sequences of one prompt share its route.
@@ -124,7 +129,8 @@ class Router(nn.Module):
     @torch.no_grad()
     def start(self, feature: Tensor) -> None:
         """The paper's start: centroid 1 is the first batch's feature, the others that feature plus
-        U(−1, 1)·perturb_scale per entry. Written into the parameter, so an optimiser built before keeps it."""
+        U(−1, 1)·perturb_scale per entry. Written into the parameter, so an optimiser built before keeps it.
+        """
         noise = torch.rand_like(self.centroids) * 2 - 1
         noise[0] = 0
         self.centroids.copy_(feature.detach().mean(0) + self.config.perturb_scale * noise)

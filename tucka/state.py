@@ -67,7 +67,7 @@ def header_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors in a safetensors file, by key; `ValueError` if it is none or not whole."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
 

@@ -19,7 +19,7 @@ from . import ops
 from ._tltorch import TuckerTensor
 
 
-class ExpertTensor(TuckerTensor, name="TuckerExperts"):
+class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg]
     """A `tltorch.TuckerTensor` whose group mode is fixed to the identity and whose D-modes may be one.
 
     Only free parameters are registered, each once: `core`, `expert_factor` (C), `input_factor` (U), `output_factor`

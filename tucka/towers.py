@@ -83,7 +83,7 @@ def _is_encoder_decoder(node: nn.Module) -> bool:
 
 
 def _name_of_encoder(model: nn.Module, node: nn.Module) -> str | None:
-    encoder = node.get_encoder()
+    encoder = node.get_encoder()  # type: ignore[operator]
     return next((name for name, module in model.named_modules() if module is encoder and module is not node), None)
 
 
@@ -112,7 +112,7 @@ class Attachment:
 
     def _entries(self) -> list[nn.Module]:
         """The root, and every pretrained model inside it: each may be called on its own."""
-        inner = [module for module in self.root.modules() if isinstance(module, PreTrainedModel)]
+        inner: list[nn.Module] = [module for module in self.root.modules() if isinstance(module, PreTrainedModel)]
         return inner if self.root in inner else [self.root, *inner]
 
     def _hook(self, module: nn.Module) -> None:
