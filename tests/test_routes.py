@@ -93,7 +93,7 @@ def test_masks_with_a_query_dimension_say_the_same(kind):
         "additive": torch.zeros(3, 1, 7, 7).masked_fill(~square[:, None], torch.finfo(torch.float32).min),
         "dictionary": {"full_attention": square[:, None]},
     }[kind]
-    read = tucka.inputs.padding_mask(shown, 3, mask.shape[1], None)
+    read = tucka.inputs.padding_mask(tucka.inputs.Inputs(mask=shown), 3, mask.shape[1])
     assert torch.equal(read, mask.bool())
     if kind == "4-D":
         with torch.no_grad(), tucka.record_routes(model) as routes:
@@ -315,6 +315,43 @@ def test_positions_shared_by_all_samples_see_the_shared_slice_alone():
         together = model(**batch).logits
         alone = torch.cat([model(**{k: v[i : i + 1] for k, v in batch.items()}).logits for i in range(3)])
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-12)
+
+
+def test_a_speech_model_says_which_tokens_its_mask_leaves():
+    """The mask covers the waveform; the router sees the tokens made from it."""
+    convolutions = dict(conv_dim=(16, 16), conv_stride=(5, 2), conv_kernel=(10, 3), num_feat_extract_layers=2)
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40)
+    positions = dict(num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
+    model = tf.Wav2Vec2Model(tf.Wav2Vec2Config(**convolutions, **sizes, **positions)).double().eval()
+    config = tucka.TuckAConfig(r=4, target_modules=["q_proj", "v_proj"], init_router="kaiming", pooling="mean")
+    model = tucka.apply(model, config)
+    mask = torch.ones(2, 400, dtype=torch.long)
+    mask[1, 200:] = 0
+    features = []
+    router = tucka.model.layers_of(model)[0].tucka_router["default"]
+    router.feature = lambda x, keep: features.append(keep) or type(router).feature(router, x, keep)
+    with torch.no_grad():
+        model(torch.randn(2, 400, dtype=torch.float64), attention_mask=mask)
+    tokens = model.get_base_model()._get_feat_extract_output_lengths(torch.tensor([400, 200]))
+    assert features[0].sum(1).tolist() == tokens.tolist()
+
+
+def test_a_forward_that_was_interrupted_leaves_nothing_behind():
+    model = adapted("bert").eval()
+    first, second = batch_for("bert"), batch_for("bert", samples=2)
+    with tucka.record_routes(model) as routes:
+        model(**second)
+
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    handle = model.get_base_model().bert.pooler.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**first)
+    handle.remove()
+    with tucka.record_routes(model) as again:
+        model(**second)
+    assert torch.equal(again[0].gates, routes[0].gates)
 
 
 def test_router_module_chooses_the_layer():

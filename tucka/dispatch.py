@@ -35,16 +35,21 @@ class Scope:
     may_start: bool = False  # centroids waiting for their start may take it from this forward
     shared_input: bool = False  # a layer is applied to something all samples share
     pinned: Route | None = None
+    module: nn.Module | None = None  # whose forward this is
     recomputed: dict[str, Tensor] = field(default_factory=dict)  # features whose later gradients come from elsewhere
     parent: Scope | None = None
 
-    def nested(self, inputs: Inputs, inherit_mask: bool) -> Scope:
+    def nested(self, module: nn.Module, inputs: Inputs, inherit_mask: bool) -> Scope:
         """The scope of a pretrained model inside the one that opened this scope: own inputs, the same routes."""
         if inputs.samples is None:
             inputs = inputs._replace(samples=self.inputs.samples, positions=self.inputs.positions)
         if inputs.mask is None and inherit_mask:
             inputs = inputs._replace(mask=self.inputs.mask)
-        return replace(self, inputs=inputs, shared_input=False, parent=self)
+        return replace(self, inputs=inputs, module=module, shared_input=False, parent=self)
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether a forward of that module is under way."""
+        return self.module is module or (self.parent is not None and self.parent.holds(module))
 
 
 class Dispatcher:
@@ -77,12 +82,16 @@ class Dispatcher:
 
     def open(self, names: tuple[str, ...], main_input: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook: open a scope, with the routes that this forward continues."""
-        inputs = read_inputs(names, main_input, args, kwargs)
+        inputs = read_inputs(module, names, main_input, args, kwargs)
+        if self.scope is not None and self.scope.holds(module):
+            self.scope = None  # left open by a forward that was interrupted: no model runs inside itself
         if self.scope is not None:
             # A decoder without a mask of its own must not take its encoder's.
-            self.scope = self.scope.nested(inputs, inherit_mask=self._encoder[0] is None)
+            self.scope = self.scope.nested(module, inputs, inherit_mask=self._encoder[0] is None)
             return
-        scope = Scope(inputs, {}, may_start=torch.is_grad_enabled() or self.calibrating, pinned=self.pinned)
+        scope = Scope(
+            inputs, {}, may_start=torch.is_grad_enabled() or self.calibrating, pinned=self.pinned, module=module
+        )
         if self.pinned is None:
             self._continue(scope, module)
         self.scope = scope
@@ -199,7 +208,7 @@ class Dispatcher:
         x = x.reshape(samples, tokens, width)
         # A layer that sees one pooled row per sample has no padding left to leave out.
         pooled = tokens == 1 and inputs.positions != 1
-        keep = padding_mask(inputs.mask, samples, tokens, inputs.cache) if padded and not pooled else None
+        keep = padding_mask(inputs, samples, tokens) if padded and not pooled else None
         if router.per_sample:
             return x, keep
         return x.reshape(1, -1, width), None if keep is None else keep.reshape(1, -1)

@@ -6,9 +6,10 @@ Shape legend: B samples, S positions of a sample, D features.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Optional
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache
 
@@ -27,6 +28,7 @@ class Inputs(NamedTuple):
     mask: Any = None  # as given: (B, S), or an attention mask of more dimensions
     cache: Optional[Cache] = None
     encoder_outputs: Any = None
+    output_lengths: Optional[Callable] = None  # of a model that shortens its input: lengths in, lengths of tokens out
 
 
 def parameter_names(module: nn.Module) -> tuple[str, ...]:
@@ -34,7 +36,9 @@ def parameter_names(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(module.forward).parameters)
 
 
-def read_inputs(names: tuple[str, ...], main_input: str, args: tuple, kwargs: dict[str, Any]) -> Inputs:
+def read_inputs(
+    module: nn.Module, names: tuple[str, ...], main_input: str, args: tuple, kwargs: dict[str, Any]
+) -> Inputs:
     """Read samples, positions, padding mask, cache and encoder outputs off the arguments of a forward."""
     arguments = {**dict(zip(names, args)), **kwargs}
     samples, positions = _batch_shape(arguments, main_input)
@@ -45,6 +49,7 @@ def read_inputs(names: tuple[str, ...], main_input: str, args: tuple, kwargs: di
         arguments.get("attention_mask"),
         cache if isinstance(cache, Cache) else None,
         arguments.get("encoder_outputs"),
+        getattr(module, "_get_feat_extract_output_lengths", None),  # transformers' name in its speech models
     )
 
 
@@ -87,17 +92,18 @@ def rows_per_sample(shape: tuple[int, ...], samples: int, positions: int | None)
     return positions if len(shape) == 2 and leading == samples * positions else None
 
 
-def padding_mask(mask: Any, samples: int, tokens: int, cache: Cache | None) -> Tensor | None:
+def padding_mask(inputs: Inputs, samples: int, tokens: int) -> Tensor | None:
     """Tokens that are not padding, (B, S), from the attention mask a model was given.
 
     A mask with a query dimension says it by its columns: a token is padding if no query attends to it. With a cache a
-    mask also covers the cached positions.
+    mask also covers the cached positions; in a speech model it covers the samples of the waveform.
 
     Raises
     ------
     ValueError
         If the mask's kind or size does not show which of the tokens are padding.
     """
+    mask, cache = inputs.mask, inputs.cache
     if isinstance(mask, Mapping):  # one mask per kind of attention; every kind lets a token attend to itself
         mask = next(iter(mask.values()), None)
     if mask is None:
@@ -113,6 +119,9 @@ def padding_mask(mask: Any, samples: int, tokens: int, cache: Cache | None) -> T
         mask = mask.bool()
     if columns == tokens:
         return mask
+    if inputs.output_lengths is not None:
+        lengths = inputs.output_lengths(mask.sum(-1))
+        return torch.arange(tokens, device=mask.device) < lengths.unsqueeze(-1)
     if cache is None or columns < tokens:
         raise ValueError(f"the attention mask covers {columns} positions, the router's layer sees {tokens}")
     # A cache of fixed size masks its unused tail; one that grows ends with the tokens at hand.

@@ -65,7 +65,11 @@ def plan_adapter(
 
 
 def _targets(tuner: BaseTuner, model: nn.Module, config: TuckAConfig, names: set[str] | None) -> dict[str, nn.Module]:
+    every = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     _maybe_include_all_linear_layers(config, model)  # writes the names it finds into the configuration
+    if every:  # layers that another adapter has wrapped are no plain linear layers any more
+        adapted = {name for name, module in model.named_modules() if isinstance(module, TuckALayer)}
+        config.target_modules = {*(config.target_modules or ()), *adapted}  # type: ignore[assignment]
     targets: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
