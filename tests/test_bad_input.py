@@ -202,7 +202,9 @@ def test_an_adapter_of_a_wider_model_names_both_shapes(saved):
                 tensors[key] = torch.zeros(48, 4)
 
     rewrite(saved, widen)
-    with pytest.raises(ValueError, match=r"input_factor has shape \(48, 4\) in the adapter file, \(32, 4\) in the model"):
+    with pytest.raises(
+        ValueError, match=r"input_factor has shape \(48, 4\) in the adapter file, \(32, 4\) in the model"
+    ):
         PeftModel.from_pretrained(build("bert"), saved)
 
 

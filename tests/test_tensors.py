@@ -92,7 +92,9 @@ def test_starts():
 
 def test_normal_has_the_entry_deviation_asked_for():
     torch.manual_seed(0)
-    formed = torch.stack([random_experts(k=8, t=8, d=16, o=16, p=3, r=4).normal_(std=0.5).to_tensor() for _ in range(30)])
+    formed = torch.stack(
+        [random_experts(k=8, t=8, d=16, o=16, p=3, r=4).normal_(std=0.5).to_tensor() for _ in range(30)]
+    )
     assert formed.std().item() == pytest.approx(0.5, rel=0.15)
     with pytest.raises(ValueError, match="only mean=0 can be drawn in factored form, got mean=1"):
         random_experts().normal_(mean=1)

@@ -42,7 +42,9 @@ class Scope:
     def nested(self, module: nn.Module, inputs: Inputs, inherit_mask: bool) -> Scope:
         """The scope of a pretrained model inside the one that opened this scope: own inputs, the same routes."""
         if inputs.samples is None:
-            inputs = inputs._replace(samples=self.inputs.samples, positions=self.inputs.positions)
+            inputs = inputs._replace(samples=self.inputs.samples)
+        if inputs.positions is None and inputs.samples == self.inputs.samples:
+            inputs = inputs._replace(positions=self.inputs.positions)
         if inputs.mask is None and inherit_mask:
             inputs = inputs._replace(mask=self.inputs.mask)
         return replace(self, inputs=inputs, module=module, shared_input=False, parent=self)
@@ -89,9 +91,8 @@ class Dispatcher:
             # A decoder without a mask of its own must not take its encoder's.
             self.scope = self.scope.nested(module, inputs, inherit_mask=self._encoder[0] is None)
             return
-        scope = Scope(
-            inputs, {}, may_start=torch.is_grad_enabled() or self.calibrating, pinned=self.pinned, module=module
-        )
+        may_start = self.calibrating or (module.training and torch.is_grad_enabled())
+        scope = Scope(inputs, {}, may_start=may_start, pinned=self.pinned, module=module)
         if self.pinned is None:
             self._continue(scope, module)
         self.scope = scope

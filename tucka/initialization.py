@@ -32,7 +32,7 @@ def start_experts(experts: ExpertTensor, config: TuckAConfig) -> None:
 def initialize(model: nn.Module, calibration: Iterable[Any], adapter_name: str | None = None) -> None:
     """Start a wrapped model from data: the paper's centroids, from the first batch of `calibration`.
 
-    Without it the same start happens in the first forward that can train. The model's training mode and the random
+    Without it the same start happens in the first training forward. The model's training mode and the random
     state are left as found.
 
     Parameters

@@ -16,7 +16,7 @@ from transformers import Cache
 TOKEN_INPUTS = ("input_ids", "decoder_input_ids")
 """Inputs of shape (B, S)."""
 
-EMBEDDED_INPUTS = ("inputs_embeds", "decoder_inputs_embeds", "hidden_states")
+EMBEDDED_INPUTS = ("inputs_embeds", "decoder_inputs_embeds")
 """Inputs of shape (B, S, D)."""
 
 
