@@ -33,6 +33,17 @@ class Float8Linear(nn.Linear):
         return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
 
 
+class HalfOutputLinear(nn.Linear):
+    """Computes in single precision and hands its result on in half."""
+
+    def __init__(self, dense):
+        super().__init__(dense.in_features, dense.out_features)
+        self.load_state_dict(dense.state_dict())
+
+    def forward(self, x):
+        return super().forward(x).to(torch.bfloat16)
+
+
 class HQQLinear(nn.Module):
     """No `nn.Linear` at all: packed codes under another name, known to PEFT by its class name."""
 
@@ -47,7 +58,7 @@ class HQQLinear(nn.Module):
 
 
 @pytest.mark.parametrize("form", ["multiplicative", "additive"])
-@pytest.mark.parametrize("kind", [Int8Linear, Float8Linear, HQQLinear])
+@pytest.mark.parametrize("kind", [Int8Linear, Float8Linear, HalfOutputLinear, HQQLinear])
 def test_quantised_linears(kind, form):
     torch.manual_seed(0)
     quantised = kind(nn.Linear(16, 12))

@@ -110,19 +110,25 @@ class TuckALayer(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the active adapters to x (..., D); several at once add their updates."""
         names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.tucka_experts]
-        on_input = [self._update(name, x) for name in names if self.tucka_form[name] == "multiplicative"]
-        on_output = [self._update(name, x) for name in names if self.tucka_form[name] == "additive"]
-        return _add(self.base_layer(_add(x, on_input), *args, **kwargs), on_output)
+        adapted = x
+        for name in names:
+            if self.tucka_form[name] == "multiplicative":
+                adapted = self._add_update(adapted, name, x)
+        y = self.base_layer(adapted, *args, **kwargs)
+        for name in names:
+            if self.tucka_form[name] == "additive":
+                y = self._add_update(y, name, x)
+        return y
 
-    def _update(self, adapter_name: str, x: Tensor) -> Tensor:
-        """α x U M Vᵀ at the route of this forward, (..., D) to (..., O)."""
+    def _add_update(self, onto: Tensor, adapter_name: str, x: Tensor) -> Tensor:
+        """Add α x U M Vᵀ at the route of this forward; x is (..., D), `onto` (..., O)."""
         experts: Any = self.tucka_experts[adapter_name]
         route = self.dispatcher.route(adapter_name, self.name, x)
         group, gates, _ = (None, None, None) if route is None else route.to(x.device)
         with torch.autocast(device_type=x.device.type, enabled=False):  # R×R work, in the parameters' precision
             mix = experts.mix(group, gates)
         mix = (mix * self.tucka_alpha[adapter_name]).to(x.dtype)
-        return ops.low_rank_update(x, experts.input_mode.to(x), mix, experts.output_mode.to(x))
+        return ops.add_low_rank_update(onto, x, experts.input_mode.to(x), mix, experts.output_mode.to(onto))
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         """Refused: the update depends on the route of each forward, a weight cannot."""
@@ -141,9 +147,3 @@ class TuckALayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "tucka." + super().__repr__()
-
-
-def _add(x: Tensor, updates: list[Tensor]) -> Tensor:
-    for update in updates:
-        x = x + update.to(x.dtype)
-    return x

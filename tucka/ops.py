@@ -47,18 +47,23 @@ def mix_experts(
     return torch.einsum("np,npqr->nqr", weights_NP, core.index_select(0, group))
 
 
-def low_rank_update(
+def add_low_rank_update(
+    onto: Tensor,  # (..., O)
     x: Tensor,  # (..., D), rows of one unit contiguous
     input_factor: Tensor,  # (D, R)
     mix: Tensor,  # (N, R, R)
     output_factor: Tensor,  # (O, R)
 ) -> Tensor:  # (..., O)
-    """Apply U M Vᵀ to row vectors, every unit with its own M: ((x U) M) Vᵀ."""
+    """Add U M Vᵀ applied to row vectors, every unit with its own M: onto + ((x U) M) Vᵀ.
+
+    The wide operands are passed over once each: one thin product reads x, one fused product and sum reads `onto`.
+    """
     units, rank, _ = mix.shape
     rows = x.shape[:-1].numel() // units if units else 0
     projected_NSR = (x @ input_factor).reshape(units, rows, rank)
-    mixed_NSR = torch.bmm(projected_NSR, mix)
-    return (mixed_NSR @ output_factor.mT).reshape(*x.shape[:-1], output_factor.shape[0])
+    mixed_NSR = torch.bmm(projected_NSR, mix).to(onto.dtype)
+    flat = torch.addmm(onto.reshape(-1, onto.shape[-1]), mixed_NSR.reshape(-1, rank), output_factor.mT)
+    return flat.reshape(onto.shape)
 
 
 def pool(
