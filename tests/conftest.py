@@ -11,6 +11,7 @@ import tucka
 
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 tf.logging.set_verbosity_error()
+torch.set_num_threads(1)  # the models are tiny, and the tests run in parallel
 
 EOS, VOCABULARY = 2, 50
 NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)

@@ -86,7 +86,7 @@ def test_an_unknown_architecture_needs_targets():
 
 def test_applying_twice_is_refused():
     model = adapted("bert")
-    with pytest.raises(ValueError, match="the model is wrapped already; add another adapter with model.add_adapter"):
+    with pytest.raises(ValueError, match=r"the model is wrapped already; add another adapter with model.add_adapter"):
         tucka.apply(model)
 
 

@@ -336,6 +336,26 @@ def test_a_speech_model_says_which_tokens_its_mask_leaves():
     assert features[0].sum(1).tolist() == tokens.tolist()
 
 
+def test_a_mask_that_stops_at_the_outer_model_still_counts():
+    class Wrapper(nn.Module):
+        """Keeps the mask from the model inside."""
+
+        def __init__(self):
+            super().__init__()
+            self.encoder = build("bert", torch.float64)
+
+        def forward(self, input_ids, attention_mask):
+            return self.encoder(input_ids=input_ids).logits
+
+    config = tucka.TuckAConfig(r=4, target_modules=["query"], init_router="kaiming")
+    model = tucka.apply(Wrapper(), config).eval()
+    batch = text_batch(3)
+    other = dict(batch, input_ids=torch.where(batch["attention_mask"].bool(), batch["input_ids"], 9))
+    with torch.no_grad(), tucka.record_routes(model) as routes:
+        model(**batch), model(**other)
+    assert torch.equal(routes[0].gates, routes[1].gates)
+
+
 def test_a_forward_that_was_interrupted_leaves_nothing_behind():
     model = adapted("bert").eval()
     first, second = batch_for("bert"), batch_for("bert", samples=2)

@@ -108,7 +108,7 @@ def test_what_cannot_be_calibrated():
         tucka.initialize(model, [batch_for("bert")])
     with pytest.raises(ValueError, match="calibration yields no batch; the start needs one"):
         tucka.apply(build("bert"), calibration=[])
-    with pytest.raises(ValueError, match="the model has no Tucker experts; wrap it with tucka.apply first"):
+    with pytest.raises(ValueError, match=r"the model has no Tucker experts; wrap it with tucka.apply first"):
         tucka.initialize(build("bert"), [batch_for("bert")])
     with pytest.raises(ValueError, match=r"adapter 'other' is not one of \['default'\]"):
         tucka.initialize(model, [batch_for("bert")], adapter_name="other")

@@ -28,7 +28,7 @@ class RouteKeepingCheckpoint:
     def __call__(self, block: Callable, *args: Any, **kwargs: Any) -> Any:
         """Checkpoint a block that takes its scope along."""
         # Compiled code is not called again to be recomputed.
-        if self.dispatcher.scope is not None and not torch.compiler.is_compiling():
+        if self.dispatcher.current.scope is not None and not torch.compiler.is_compiling():
             block = _Block(self.dispatcher, block)
         return self.function(block, *args, **kwargs)
 
@@ -39,8 +39,9 @@ class _Block:
     def __init__(self, dispatcher: Dispatcher, function: Callable) -> None:
         self.dispatcher = dispatcher
         self.function = function
-        assert dispatcher.scope is not None
-        self.scope: Scope = dispatcher.scope
+        scope = dispatcher.current.scope
+        assert scope is not None
+        self.scope: Scope = scope
         self.under_gradient = torch.is_grad_enabled()
         self.reentrant = False
         self.taken_inside: set[str] | None = None  # adapters whose route this block took
@@ -65,7 +66,7 @@ class _Block:
             routes = {name: route.detach() for name, route in routes.items()}
         features = {name: feature for name, feature in self.scope.features.items() if name not in taken}
         recomputed = {name: feature for name, feature in self.scope.features.items() if name in taken}
-        return replace(self.scope, routes=routes, features=features, recomputed=recomputed, may_start=False)
+        return replace(self.scope, routes=routes, features=features, recomputed=recomputed, trains=False)
 
 
 def checkpointed_modules(model: nn.Module) -> list[nn.Module]:

@@ -9,6 +9,7 @@ Shape legend: N routed units, B samples, S positions, D features (see `tucka.ops
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,7 @@ class Scope:
     kept: dict[str, Route] = field(default_factory=dict)  # routes of the prompt, valid only where `warm`
     warm: Tensor | None = None  # () whether the cache holds a prompt, where only the device knows
     needs_encoder: bool = False  # encoder outputs came without the route their encoder took
-    may_start: bool = False  # centroids waiting for their start may take it from this forward
+    trains: bool = False  # a training forward: it counts for balancing, and a router may start from it
     shared_input: bool = False  # a layer is applied to something all samples share
     pinned: Route | None = None
     module: nn.Module | None = None  # whose forward this is
@@ -54,6 +55,22 @@ class Scope:
         return self.module is module or (self.parent is not None and self.parent.holds(module))
 
 
+class _Current(threading.local):
+    """What holds in one thread: a model may run in several at once. A copy of a model starts with nothing open."""
+
+    scope: Scope | None = None
+    pinned: Route | None = None
+    recordings: tuple[tuple[str, list[Route]], ...] = ()  # adapter name, where its routes go
+    memory: dict[str, Route] | None = None  # routes of the prompt while `generate` runs
+    calibrating: str | None = None  # adapter whose router may start from this thread's forwards
+
+    def __deepcopy__(self, memo: dict) -> _Current:
+        return _Current()
+
+    def __reduce__(self) -> tuple:
+        return _Current, ()
+
+
 class Dispatcher:
     """Opens a scope for every forward of one tower and hands its route to the layers.
 
@@ -68,12 +85,8 @@ class Dispatcher:
     def __init__(self, name: str, encoder: nn.Module | None = None) -> None:
         self.name = name
         self._encoder = (encoder,)
-        self.scope: Scope | None = None
+        self.current = _Current()
         self.router_owners: dict[str, Any] = {}  # adapter name -> the TuckALayer that holds its router
-        self.pinned: Route | None = None
-        self.recordings: list[tuple[str, list[Route]]] = []  # adapter name, where its routes go
-        self.memory: dict[str, Route] | None = None  # routes of the prompt while `generate` runs
-        self.calibrating = False
         self.attachment: Any = None  # the hooks on the model, to be removed with the adapters
 
     def router(self, adapter_name: str) -> Router:
@@ -85,24 +98,25 @@ class Dispatcher:
     def open(self, names: tuple[str, ...], main_input: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook: open a scope, with the routes that this forward continues."""
         inputs = read_inputs(module, names, main_input, args, kwargs)
-        if self.scope is not None and self.scope.holds(module):
-            self.scope = None  # left open by a forward that was interrupted: no model runs inside itself
-        if self.scope is not None:
+        current = self.current
+        if current.scope is not None and current.scope.holds(module):
+            current.scope = None  # left open by a forward that was interrupted: no model runs inside itself
+        if current.scope is not None:
             # A decoder without a mask of its own must not take its encoder's.
-            self.scope = self.scope.nested(module, inputs, inherit_mask=self._encoder[0] is None)
+            current.scope = current.scope.nested(module, inputs, inherit_mask=self._encoder[0] is None)
             return
-        may_start = self.calibrating or (module.training and torch.is_grad_enabled())
-        scope = Scope(inputs, {}, may_start=may_start, pinned=self.pinned, module=module)
-        if self.pinned is None:
+        trains = module.training and torch.is_grad_enabled()
+        scope = Scope(inputs, {}, trains=trains, pinned=current.pinned, module=module)
+        if current.pinned is None:
             self._continue(scope, module)
-        self.scope = scope
+        current.scope = scope
 
     def _continue(self, scope: Scope, module: nn.Module) -> None:
         """Keep the prompt's routes while decoding, and the encoder's in its decoder; an encoder always routes anew."""
         (encoder,) = self._encoder
         if module is encoder or (encoder is not None and scope.inputs.encoder_outputs is None):
             return
-        known = self.memory or {}
+        known = self.current.memory or {}
         if not known and scope.inputs.cache is not None:
             known = getattr(scope.inputs.cache, "tucka_routes", {}).get(self.name, {})
             length = scope.inputs.cache.get_seq_length() if known else 0
@@ -117,24 +131,24 @@ class Dispatcher:
 
     def close(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Forward hook: close the scope; its routes travel on with the cache or the encoder outputs."""
-        scope = self.scope
+        scope = self.current.scope
         if scope is None:
             return
-        self.scope = scope.parent
+        self.current.scope = scope.parent
         if scope.parent is not None or not scope.routes or output is None:  # None: the forward raised
             return
         taken = {name: route.detach() for name, route in scope.routes.items()}
-        if self.memory is not None:
-            self.memory = taken
+        if self.current.memory is not None:
+            self.current.memory = taken
         if isinstance(output, ModelOutput):
             carriers = [output.get("past_key_values"), output if module is self._encoder[0] else None]
             for carrier in carriers:
                 if carrier is not None and not isinstance(carrier, tuple):
                     carrier.tucka_routes = {**getattr(carrier, "tucka_routes", {}), self.name: taken}
-        for adapter_name, routes in self.recordings:
+        for adapter_name, routes in self.current.recordings:
             if adapter_name in scope.routes:
                 routes.append(scope.routes[adapter_name])
-        if scope.may_start and module.training:
+        if scope.trains:
             for adapter_name, route in scope.routes.items():
                 self.router(adapter_name).balance(route.group)
 
@@ -150,7 +164,7 @@ class Dispatcher:
         ValueError
             If the layer's leading size cannot be tied to the samples.
         """
-        scope = self.scope
+        scope = self.current.scope
         if scope is None:
             raise RuntimeError(
                 f"layer {layer_name!r} reads a route but no forward of its model is open. Call the model (or a "
@@ -187,7 +201,7 @@ class Dispatcher:
                 f"{router.width}; set router_module to the layer that runs first"
             )
         feature = router.feature(*self._units(router, layer_name, x, scope))
-        if router.awaits_start and scope.may_start:
+        if router.awaits_start and (scope.trains or self.current.calibrating == adapter_name):
             router.start(feature)
         scope.features[adapter_name] = _leaf_without_graph(feature)
         if feature.requires_grad and adapter_name in scope.recomputed:
@@ -229,50 +243,64 @@ class Dispatcher:
     @contextmanager
     def entered(self, scope: Scope | None) -> Iterator[None]:
         """Make a scope the current one, as a checkpointed block does when it is recomputed."""
-        before, self.scope = self.scope, scope
-        try:
+        with _replaced(self.current, scope=scope):
             yield
-        finally:
-            self.scope = before
 
     @contextmanager
-    def generating(self) -> Iterator[None]:
-        """Keep the prompt's route over all forwards of one `generate`, cached or not."""
-        before, self.memory = self.memory, {}
-        try:
+    def generating(self, whole_prompt: bool = True) -> Iterator[None]:
+        """Keep the prompt's route over all forwards of one `generate`, cached or not.
+
+        Raises
+        ------
+        ValueError
+            If the prompt is to be read in chunks, the first of which cannot stand for it, and no route is pinned.
+        """
+        if not whole_prompt and self.current.pinned is None:
+            raise ValueError(
+                "prefill_chunk_size reads a prompt in parts, but its route is taken from the whole; "
+                "leave it out, or pin the route (tucka.pin_route)"
+            )
+        with _replaced(self.current, memory={}):
             yield
-        finally:
-            self.memory = before
 
     @contextmanager
     def pinning(self, route: Route) -> Iterator[None]:
         """Use that route in every forward opened meanwhile."""
-        before, self.pinned = self.pinned, route
-        try:
+        with _replaced(self.current, pinned=route):
             yield
-        finally:
-            self.pinned = before
+
+    @contextmanager
+    def calibrating(self, adapter_name: str) -> Iterator[None]:
+        """Let that adapter's router start from the forwards opened meanwhile."""
+        with _replaced(self.current, calibrating=adapter_name):
+            yield
 
     @contextmanager
     def recording(self, adapter_name: str, routes: list[Route]) -> Iterator[None]:
         """Append an adapter's route of every forward to a list."""
-        entry = (adapter_name, routes)
-        self.recordings.append(entry)
-        try:
+        with _replaced(self.current, recordings=(*self.current.recordings, (adapter_name, routes))):
             yield
-        finally:
-            self.recordings = [other for other in self.recordings if other is not entry]
 
     def call_with_shared_input(self, function, *args: Any, **kwargs: Any) -> Any:
         """Call a method of the base model that applies layers to what all samples share (relative positions)."""
-        scope = self.scope
+        scope = self.current.scope
         if scope is None:
             return function(*args, **kwargs)
-        scope.shared_input, before = True, scope.shared_input
-        try:
+        with _replaced(scope, shared_input=True):
             return function(*args, **kwargs)
-        finally:
-            scope.shared_input = before
+
+
+@contextmanager
+def _replaced(holder: Any, **values: Any) -> Iterator[None]:
+    """Set attributes for the duration of a context."""
+    before = {name: getattr(holder, name) for name in values}
+    for name, value in values.items():
+        setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(holder, name, value)
 
 
 def _expanded(routes: dict[str, Route], scope: Scope) -> dict[str, Route]:

@@ -34,5 +34,13 @@ def _is_ours(module: nn.Module) -> bool:
 def _generate(model: nn.Module, dispatchers_of: Callable, method: Callable, *args: Any, **kwargs: Any) -> Any:
     with ExitStack() as stack:
         for dispatcher in dispatchers_of(model).values():
-            stack.enter_context(dispatcher.generating())
+            stack.enter_context(dispatcher.generating(whole_prompt=_chunk_size(method, kwargs) is None))
         return method(*args, **kwargs)
+
+
+def _chunk_size(method: Callable, options: dict[str, Any]) -> int | None:
+    """The size of the chunks a prompt will be read in, if it is not read whole."""
+    for config in (options.get("generation_config"), method.__self__.generation_config):  # type: ignore[attr-defined]
+        if options.get("prefill_chunk_size") is None and config is not None:
+            options = {**options, "prefill_chunk_size": config.prefill_chunk_size}
+    return options.get("prefill_chunk_size")

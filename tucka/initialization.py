@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from .config import TuckAConfig
-from .dispatch import Dispatcher
 from .routing import Router
 from .tensors import ExpertTensor
 
@@ -49,7 +48,7 @@ def initialize(model: nn.Module, calibration: Iterable[Any], adapter_name: str |
     ValueError
         If there is no batch, or no such adapter, or it does not start from data.
     """
-    from .model import dispatchers_of, single_adapter_name
+    from .model import dispatchers_of, layers_of, single_adapter_name
 
     name = single_adapter_name(model, adapter_name)
     dispatchers = [d for d in dispatchers_of(model).values() if name in d.router_owners]
@@ -63,21 +62,26 @@ def initialize(model: nn.Module, calibration: Iterable[Any], adapter_name: str |
         raise ValueError("calibration yields no batch; the start needs one")
     with ExitStack() as stack:
         for dispatcher in starting:
-            stack.enter_context(_calibrating(dispatcher, dispatcher.router(name)))
+            stack.enter_context(_waiting(dispatcher.router(name)))
+            stack.enter_context(dispatcher.calibrating(name))
+        for layer in layers_of(model):
+            stack.enter_context(layer.only(name))
         stack.enter_context(_as_found(model))
         run_batch(model, batch, next(model.parameters()).device)
 
 
 @contextmanager
-def _calibrating(dispatcher: Dispatcher, router: Router) -> Iterator[None]:
-    awaited, router.awaits_start, dispatcher.calibrating = router.awaits_start, True, True
+def _waiting(router: Router) -> Iterator[None]:
+    """Let a router start (again); one that no batch reached is left as found."""
+    before = (router.awaits_start, router.initialised.clone())
+    router.awaits_start = True
+    router.initialised.fill_(False)
     try:
         yield
-    except BaseException:
-        router.awaits_start = awaited
-        raise
     finally:
-        dispatcher.calibrating = False
+        if router.awaits_start:
+            router.awaits_start = before[0]
+            router.initialised.copy_(before[1])
 
 
 @contextmanager

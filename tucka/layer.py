@@ -5,6 +5,8 @@ Shape legend: D input features, O output features, N routed units, R rank (see `
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
@@ -129,6 +131,16 @@ class TuckALayer(nn.Module, BaseTunerLayer):
             mix = experts.mix(group, gates)
         mix = (mix * self.tucka_alpha[adapter_name]).to(x.dtype)
         return ops.add_low_rank_update(onto, x, experts.input_mode.to(x), mix, experts.output_mode.to(onto))
+
+    @contextmanager
+    def only(self, adapter_name: str) -> Iterator[None]:
+        """Run with that adapter alone, enabled, whatever is active; what trains is left as it is."""
+        before = (self._active_adapter, self._disable_adapters)
+        self._active_adapter, self._disable_adapters = [adapter_name], False
+        try:
+            yield
+        finally:
+            self._active_adapter, self._disable_adapters = before
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         """Refused: the update depends on the route of each forward, a weight cannot."""

@@ -15,6 +15,12 @@ from .state import adapted_names_in, modernise_targets, read_published_weights, 
 from .targets import DEFAULT_TARGETS
 from .towers import Attachment, Tower
 
+RESERVED_NAMES = frozenset(
+    ["core", "expert_factor", "input_factor", "output_factor", "shared_core"]
+    + ["centroids", "initialised", "balance_bias"]
+)
+"""PEFT tells adapters apart by the ends of keys, so a tensor's own name is none for an adapter."""
+
 
 class TuckAModel(BaseTuner):
     """A model with Tucker experts; `peft.PeftModel` wraps it, and users rarely meet it.
@@ -45,6 +51,8 @@ class TuckAModel(BaseTuner):
         state_dict: Optional[dict[str, Tensor]] = None,
     ) -> None:
         """Add an adapter. All that can be refused is refused before the model is touched."""
+        if adapter_name in RESERVED_NAMES:
+            raise ValueError(f"an adapter cannot be called {adapter_name!r}: its tensors are called that in files")
         config: Any = self.peft_config[adapter_name]
         config = self._prepare_adapter_config(config, self.get_model_config(model))
         if config.from_published_code:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .dispatch import Dispatcher
-from .model import dispatchers_of, single_adapter_name
+from .model import dispatchers_of, layers_of, single_adapter_name
 from .routing import Route
 
 Pinned = Union[Route, Tensor, Sequence[int]]
@@ -75,19 +75,20 @@ def pin_route(model: nn.Module, route: Pinned | Mapping[str, Pinned]) -> Iterato
     unknown = [name for name in route if name not in dispatchers]
     if unknown:
         raise ValueError(f"{unknown[0]!r} is no tower of the model; its towers are {list(dispatchers)}")
-    pinned = {name: _checked(value, dispatchers[name]) for name, value in route.items()}
+    active = {name for layer in layers_of(model) for name in layer.active_adapters}
+    pinned = {name: _checked(value, dispatchers[name], active) for name, value in route.items()}
     with ExitStack() as stack:
         for name, value in pinned.items():
             stack.enter_context(dispatchers[name].pinning(value))
         yield
 
 
-def _checked(route: Pinned, dispatcher: Dispatcher) -> Route:
-    """A detached `Route` on the router's device that fits every adapter of the dispatcher."""
+def _checked(route: Pinned, dispatcher: Dispatcher, active: set[str]) -> Route:
+    """A detached `Route` that fits every active adapter of the dispatcher."""
     whole = route if isinstance(route, Route) else Route(torch.as_tensor(route))
     if whole.group.ndim != 1 or whole.group.is_floating_point():
         raise ValueError(f"group holds one integer per routed unit, but has shape {tuple(whole.group.shape)}")
-    for router in map(dispatcher.router, dispatcher.router_owners):
+    for router in map(dispatcher.router, active.intersection(dispatcher.router_owners)):
         lowest, highest = (int(whole.group.min()), int(whole.group.max())) if whole.group.numel() else (0, 0)
         if lowest < 0 or highest >= router.config.k:
             raise ValueError(f"groups run from 0 to k-1={router.config.k - 1}, but the route names {lowest}…{highest}")
@@ -96,5 +97,5 @@ def _checked(route: Pinned, dispatcher: Dispatcher) -> Route:
                 f"gates have shape {tuple(whole.gates.shape)}, but {whole.group.shape[0]} units of t="
                 f"{router.config.t} experts need {(whole.group.shape[0], router.config.t)}"
             )
-        device = router.centroids.device
-    return whole._replace(group=whole.group.long()).detach().to(device)
+        whole = whole.to(router.centroids.device)
+    return whole._replace(group=whole.group.long()).detach()

@@ -133,7 +133,9 @@ class Router(nn.Module):
         """
         noise = torch.rand_like(self.centroids) * 2 - 1
         noise[0] = 0
-        self.centroids.copy_(feature.detach().mean(0) + self.config.perturb_scale * noise)
+        fresh = feature.detach().mean(0) + self.config.perturb_scale * noise
+        # Whoever loaded the parameters may have written them past this module; the flag came along.
+        self.centroids.copy_(torch.where(self.initialised, self.centroids, fresh))
         self.initialised.fill_(True)
         self.awaits_start = False
 
