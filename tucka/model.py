@@ -15,10 +15,8 @@ from .state import adapted_names_in, modernise_targets, read_published_weights, 
 from .targets import DEFAULT_TARGETS
 from .towers import Attachment, Tower
 
-RESERVED_NAMES = frozenset(
-    ["core", "expert_factor", "input_factor", "output_factor", "shared_core"]
-    + ["centroids", "initialised", "balance_bias"]
-)
+TENSOR_NAMES = ("core", "expert_factor", "input_factor", "output_factor", "shared_core")
+RESERVED_NAMES = frozenset([*TENSOR_NAMES, "centroids", "initialised", "balance_bias"])
 """PEFT tells adapters apart by the ends of keys, so a tensor's own name is none for an adapter."""
 
 
