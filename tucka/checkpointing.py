@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .dispatch import Dispatcher, Scope
+from .dispatch import Dispatcher
+from .scope import Scope
 
 
 class RouteKeepingCheckpoint:

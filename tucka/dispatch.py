@@ -9,66 +9,17 @@ Shape legend: N routed units, B samples, S positions, D features (see `tucka.ops
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from .inputs import Inputs, padding_mask, read_inputs, rows_per_sample
+from .inputs import padding_mask, read_inputs, rows_per_sample
 from .routing import Route, Router
-
-
-@dataclass(eq=False)
-class Scope:
-    """One forward of a model: its inputs, and the routes taken in it by adapter name."""
-
-    inputs: Inputs
-    routes: dict[str, Route]
-    features: dict[str, Tensor] = field(default_factory=dict)  # (N, F), to take a route again under gradient
-    kept: dict[str, Route] = field(default_factory=dict)  # routes of the prompt, valid only where `warm`
-    warm: Tensor | None = None  # () whether the cache holds a prompt, where only the device knows
-    needs_encoder: bool = False  # encoder outputs came without the route their encoder took
-    trains: bool = False  # a training forward: it counts for balancing, and a router may start from it
-    shared_input: bool = False  # a layer is applied to something all samples share
-    pinned: Route | None = None
-    module: nn.Module | None = None  # whose forward this is
-    recomputed: dict[str, Tensor] = field(default_factory=dict)  # features whose later gradients come from elsewhere
-    parent: Scope | None = None
-
-    def nested(self, module: nn.Module, inputs: Inputs, inherit_mask: bool) -> Scope:
-        """The scope of a pretrained model inside the one that opened this scope: own inputs, the same routes."""
-        if inputs.samples is None:
-            inputs = inputs._replace(samples=self.inputs.samples)
-        if inputs.positions is None and inputs.samples == self.inputs.samples:
-            inputs = inputs._replace(positions=self.inputs.positions)
-        if inputs.mask is None and inherit_mask:
-            inputs = inputs._replace(mask=self.inputs.mask)
-        return replace(self, inputs=inputs, module=module, shared_input=False, parent=self)
-
-    def holds(self, module: nn.Module) -> bool:
-        """Whether a forward of that module is under way."""
-        return self.module is module or (self.parent is not None and self.parent.holds(module))
-
-
-class _Current(threading.local):
-    """What holds in one thread: a model may run in several at once. A copy of a model starts with nothing open."""
-
-    scope: Scope | None = None
-    pinned: Route | None = None
-    recordings: tuple[tuple[str, list[Route]], ...] = ()  # adapter name, where its routes go
-    memory: dict[str, Route] | None = None  # routes of the prompt while `generate` runs
-    calibrating: str | None = None  # adapter whose router may start from this thread's forwards
-
-    def __deepcopy__(self, memo: dict) -> _Current:
-        return _Current()
-
-    def __reduce__(self) -> tuple:
-        return _Current, ()
+from .scope import Current, Scope, replaced
 
 
 class Dispatcher:
@@ -85,7 +36,7 @@ class Dispatcher:
     def __init__(self, name: str, encoder: nn.Module | None = None) -> None:
         self.name = name
         self._encoder = (encoder,)
-        self.current = _Current()
+        self.current = Current()
         self.router_owners: dict[str, Any] = {}  # adapter name -> the TuckALayer that holds its router
         self.attachment: Any = None  # the hooks on the model, to be removed with the adapters
 
@@ -243,7 +194,7 @@ class Dispatcher:
     @contextmanager
     def entered(self, scope: Scope | None) -> Iterator[None]:
         """Make a scope the current one, as a checkpointed block does when it is recomputed."""
-        with _replaced(self.current, scope=scope):
+        with replaced(self.current, scope=scope):
             yield
 
     @contextmanager
@@ -260,25 +211,25 @@ class Dispatcher:
                 "prefill_chunk_size reads a prompt in parts, but its route is taken from the whole; "
                 "leave it out, or pin the route (tucka.pin_route)"
             )
-        with _replaced(self.current, memory={}):
+        with replaced(self.current, memory={}):
             yield
 
     @contextmanager
     def pinning(self, route: Route) -> Iterator[None]:
         """Use that route in every forward opened meanwhile."""
-        with _replaced(self.current, pinned=route):
+        with replaced(self.current, pinned=route):
             yield
 
     @contextmanager
     def calibrating(self, adapter_name: str) -> Iterator[None]:
         """Let that adapter's router start from the forwards opened meanwhile."""
-        with _replaced(self.current, calibrating=adapter_name):
+        with replaced(self.current, calibrating=adapter_name):
             yield
 
     @contextmanager
     def recording(self, adapter_name: str, routes: list[Route]) -> Iterator[None]:
         """Append an adapter's route of every forward to a list."""
-        with _replaced(self.current, recordings=(*self.current.recordings, (adapter_name, routes))):
+        with replaced(self.current, recordings=(*self.current.recordings, (adapter_name, routes))):
             yield
 
     def call_with_shared_input(self, function, *args: Any, **kwargs: Any) -> Any:
@@ -286,21 +237,8 @@ class Dispatcher:
         scope = self.current.scope
         if scope is None:
             return function(*args, **kwargs)
-        with _replaced(scope, shared_input=True):
+        with replaced(scope, shared_input=True):
             return function(*args, **kwargs)
-
-
-@contextmanager
-def _replaced(holder: Any, **values: Any) -> Iterator[None]:
-    """Set attributes for the duration of a context."""
-    before = {name: getattr(holder, name) for name in values}
-    for name, value in values.items():
-        setattr(holder, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(holder, name, value)
 
 
 def _expanded(routes: dict[str, Route], scope: Scope) -> dict[str, Route]:

@@ -97,8 +97,6 @@ class TuckAModel(BaseTuner):
             routes=plan.routes,
             router_sources=plan.router_sources,
         )
-        if adapter_name not in self.active_adapters:
-            layer.tucka_experts[adapter_name].requires_grad_(False)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
