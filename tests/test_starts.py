@@ -104,7 +104,7 @@ def test_a_failing_calibration_leaves_the_model_as_it_was():
 
 def test_what_cannot_be_calibrated():
     model = tucka.apply(build("bert"), tucka.TuckAConfig(r=4, init_router="kaiming"))
-    with pytest.raises(ValueError, match="draws its centroids without data; only init_router='perturb' starts from it"):
+    with pytest.raises(ValueError, match="starts without data: init_router='kaiming' and init_experts='identity' read none"):
         tucka.initialize(model, [batch_for("bert")])
     with pytest.raises(ValueError, match="calibration yields no batch; the start needs one"):
         tucka.apply(build("bert"), calibration=[])

@@ -9,6 +9,7 @@ from peft import PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from .calibration import Loss
 from .config import TuckAConfig
 from .initialization import initialize
 from .layer import linear_features
@@ -32,6 +33,9 @@ def apply(
     config: TuckAConfig | None = None,
     *,
     calibration: Iterable[Any] | None = None,
+    calibration_samples: int = 512,
+    loss: Loss | None = None,
+    progress: bool = True,
     adapter_name: str = "default",
 ) -> PeftModel:
     """Adapt a pretrained model with Tucker experts.
@@ -43,8 +47,14 @@ def apply(
     config : TuckAConfig, optional
         Default: `default_config(model)`.
     calibration : iterable, optional
-        Batches the model takes. The first one starts the router from data (`init_router="perturb"`); without it the
-        first training batch does, in place.
+        Batches the model takes, to start router and experts from data: see `tucka.initialize`. Without it the router
+        starts from the first training batch, in place, and the experts without data.
+    calibration_samples : int
+        How many samples of it to read.
+    loss : callable, optional
+        Loss of an output and its batch, for ``init_experts="gradient"``; default: ``output.loss``.
+    progress : bool
+        Show a progress bar while calibrating.
     adapter_name : str
         Name of the adapter.
 
@@ -68,7 +78,7 @@ def apply(
     adapted = get_peft_model(model, default_config(model) if config is None else config, adapter_name)
     if calibration is not None:
         try:
-            initialize(adapted, calibration, adapter_name)
+            initialize(adapted, calibration, adapter_name, samples=calibration_samples, loss=loss, progress=progress)
         except BaseException:
             adapted.unload()
             for parameter, requires_grad in trainable:

@@ -16,12 +16,13 @@ FORMAT_VERSION = 1
 
 CHOICES = {
     "routing": ("sample", "batch"),
-    "affinity": ("paper",),
+    "affinity": ("paper", "cosine", "distance"),
     "pooling": ("mean", "mean_std"),
     "form": ("multiplicative", "additive"),
     "trainable": ("all", "core"),
-    "init_router": ("perturb", "kaiming"),
-    "init_experts": ("identity", "kaiming"),
+    "init_router": ("perturb", "kaiming", "kmeans", "kmeans_balanced"),
+    "init_experts": ("identity", "kaiming", "hosvd", "gradient"),
+    "normalize": (False, True, "factors"),
     "bias": ("none", "all", "tucka_only"),
 }
 """Every option with a closed list of values, and the list."""
@@ -58,14 +59,21 @@ class TuckAConfig(PeftConfig):
         Scale of the adaptation. Unnormalised parameters want a few units, the paper's normalised ones more.
     routing : {"sample", "batch"}
         What is routed as one. A sample's prediction does not depend on its neighbours; a batch's does.
-    affinity : {"paper"}
+    affinity : {"paper", "cosine", "distance"}
         How a routing feature f is scored against the centroids c. "paper": σ(ℓ / ‖ℓ‖₂) over the T logits ℓ = c·f of a
         group. With ``t=1`` that is σ(±1): the router then receives no gradient and stays where it started.
+        "cosine": softmax over all K·T experts of cos(f − μ, c) / τ, with μ the mean feature of the calibration.
+        "distance": softmax over all K·T experts of −‖f − μ − c‖² / (τ s²), with s² the mean squared distance of the
+        calibration's features to their own centroids: the posterior of a mixture of Gaussians of variance τ s² / 2.
+    temperature : float
+        τ of the cosine and distance affinities.
     pooling : {"mean", "mean_std"}
         What of the router layer's input makes the feature: its mean, or mean and standard deviation, over unpadded
         tokens.
-    normalize : bool
-        Divide cores, expert factor and D-mode factors by their Frobenius norms, as the paper does.
+    normalize : {False, True, "factors"}
+        True: divide cores, expert factor and D-mode factors by their Frobenius norms, as the paper does. "factors":
+        D-mode factors act as U √R / ‖U‖, so that orthonormal ones act as they are and none can grow; they are stored
+        with entries of unit mean square, on which a learning rate is a relative one.
     form : {"multiplicative", "additive"}
         Update the layer's input, x' = x + α U Mᵀ Uᵀ x, or add to its output, y = W x + α V Mᵀ Uᵀ x.
     tie_factors : bool
@@ -76,12 +84,20 @@ class TuckAConfig(PeftConfig):
         One always-active R×R slice beside the routed groups.
     trainable : {"all", "core"}
         Train everything, or hold the D-mode factors and train the cores, the expert factors and the router.
-    init_router : {"perturb", "kaiming"}
+    init_router : {"perturb", "kaiming", "kmeans", "kmeans_balanced"}
         Start of the centroids. "perturb" (paper): the first batch's feature, and that feature plus
-        U(−1, 1)·`perturb_scale` per entry; "kaiming": data-free.
-    init_experts : {"identity", "kaiming"}
-        Start of the experts. "identity": zero cores and orthonormal factors, so the adapted model equals the base
-        model; "kaiming": the paper's.
+        U(−1, 1)·`perturb_scale` per entry; "kaiming": data-free; "kmeans": k-means of the calibration's features gives
+        the groups, k-means inside each gives its experts; "kmeans_balanced": the same with no group larger than 1.25
+        times the mean, and a bias on the choice that holds the routes to it. Without calibration the k-means starts
+        take samples of the first training batch as centroids.
+    init_experts : {"identity", "kaiming", "hosvd", "gradient"}
+        Start of the experts. "identity": zero cores and random orthonormal factors, so the adapted model equals the
+        base model; "kaiming": the paper's; "hosvd": factors from the truncated HOSVD of the activation tensor of the
+        calibration; "gradient": from that of the gradient tensor, which needs a loss. Without calibration the last
+        two start as "identity" does.
+    warm_start : float
+        0 starts the "hosvd" and "gradient" experts with zero cores, at the base model; otherwise the cores of the
+        decomposition are scaled so that α𝒯[i,j] has this Frobenius norm on average (a step downhill for "gradient").
     perturb_scale : float
         Width of the centroids' perturbation.
     pool_padding : bool
@@ -93,6 +109,9 @@ class TuckAConfig(PeftConfig):
         In a distributed run, route the global batch as one (``routing="batch"`` only).
     router_module : str, optional
         Name, or end of the name, of the adapted layer whose input feeds the router; default: whichever runs first.
+    router_depth : int
+        Index of the block whose first adapted layer feeds the router; layers of the blocks before it carry one
+        always-active expert and no route.
     rank_pattern : dict, optional
         Ranks of single layers: {regular expression: r}, matched as in PEFT's LoRA.
     target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save, bias, init_weights
@@ -110,22 +129,25 @@ class TuckAConfig(PeftConfig):
     p: int = _help("Rank shared by the experts of a group.", 2)
     alpha: float = _help("Scale of the adaptation.", 4.0)
     routing: str = _help("What is routed as one: 'sample' or 'batch'.", "sample")
-    affinity: str = _help("How a feature is scored against centroids: 'paper'.", "paper")
+    affinity: str = _help("How a feature is scored against centroids: 'paper', 'cosine' or 'distance'.", "paper")
+    temperature: float = _help("Temperature of the cosine and distance affinities.", 0.1)
     pooling: str = _help("Routing feature: 'mean' or 'mean_std' over unpadded tokens.", "mean_std")
-    normalize: bool = _help("Divide cores and factors by their Frobenius norms.", False)
+    normalize: Union[bool, str] = _help("Divide all parameters, none, or the D-mode 'factors' by their norms.", False)
     form: str = _help("'multiplicative' (on the input) or 'additive' (to the output).", "multiplicative")
     tie_factors: bool = _help("Both D-modes share U (multiplicative form).", True)
     share_factors: bool = _help("Layers of one kind and width share their factors.", False)
     shared_expert: bool = _help("One always-active slice beside the routed groups.", True)
     trainable: str = _help("'all', or 'core' to hold the D-mode factors.", "all")
-    init_router: str = _help("Start of the centroids: 'perturb' or 'kaiming'.", "perturb")
-    init_experts: str = _help("Start of the experts: 'identity' or 'kaiming'.", "identity")
+    init_router: str = _help("Start of the centroids: 'perturb', 'kaiming', 'kmeans' or 'kmeans_balanced'.", "perturb")
+    init_experts: str = _help("Start of the experts: 'identity', 'kaiming', 'hosvd' or 'gradient'.", "identity")
+    warm_start: float = _help("Norm of the experts that 'hosvd' and 'gradient' start with; 0: the base model.", 0.0)
     perturb_scale: float = _help("Width of the centroids' perturbation.", 1.0)
     pool_padding: bool = _help("Padded positions enter the pooled feature.", False)
     balance_bias: bool = _help("Auxiliary-loss-free balancing of the groups.", False)
     balance_rate: float = _help("Rate of the balancing bias.", 1e-3)
     sync_route: bool = _help("One route for the global batch of a distributed run.", False)
     router_module: Optional[str] = _help("Adapted layer that feeds the router; default: the first to run.", None)
+    router_depth: int = _help("Block whose first adapted layer feeds the router.", 0)
     rank_pattern: Optional[dict] = _help("Ranks of single layers, {pattern: r}.", None)
     target_modules: Optional[Union[list[str], str]] = _help("Modules to adapt: names, a regex or 'all-linear'.", None)
     exclude_modules: Optional[Union[list[str], str]] = _help("Modules to leave alone: names or a regex.", None)
@@ -210,11 +232,13 @@ def validate(config: TuckAConfig) -> None:
     for name, values in CHOICES.items():
         if getattr(config, name) not in values:
             raise ValueError(f"{name}={getattr(config, name)!r} is not one of {', '.join(map(repr, values))}")
-    for name in ("alpha", "perturb_scale", "balance_rate"):
+    for name in ("alpha", "perturb_scale", "balance_rate", "temperature", "warm_start"):
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(f"{name}={value!r} is not a finite number")
-    flags = "normalize tie_factors share_factors shared_expert pool_padding balance_bias sync_route init_weights"
+    if config.temperature <= 0:
+        raise ValueError(f"temperature={config.temperature} divides the logits: it must be above 0")
+    flags = "tie_factors share_factors shared_expert pool_padding balance_bias sync_route init_weights"
     for name in flags.split():
         if not isinstance(getattr(config, name), bool):
             raise ValueError(f"{name}={getattr(config, name)!r} is neither True nor False")
@@ -230,20 +254,23 @@ def validate(config: TuckAConfig) -> None:
             _check_count(f"rank_pattern[{pattern!r}]", rank)
     if config.router_module is not None and not isinstance(config.router_module, str):
         raise ValueError(f"router_module={config.router_module!r} is not a layer name")
+    _check_count("router_depth", config.router_depth, least=0)
+    if config.router_depth and config.router_module is not None:
+        raise ValueError("router_depth and router_module both say which layer feeds the router; set one of them")
     if config.sync_route and config.routing != "batch":
         raise ValueError(f"sync_route=True routes the global batch as one, but routing={config.routing!r}")
     if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
         raise ValueError("layers_to_transform selects among listed target_modules, but target_modules is a string")
     if config.layers_pattern and config.layers_to_transform is None:
         raise ValueError("layers_pattern is set but layers_to_transform is not: it says which layers of the pattern")
-    if config.normalize and config.init_experts == "identity" and config.init_weights:
+    if config.normalize is True and config.init_experts != "kaiming" and config.init_weights and not config.warm_start:
         warnings.warn(
             "normalize=True divides a zero core by its norm: the first step jumps from the identity to an update of "
-            "full size. Use init_experts='kaiming' with normalize=True.",
+            "full size. Use init_experts='kaiming' or warm_start with normalize=True.",
             stacklevel=3,
         )
 
 
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} is not a whole number of at least 1")
+def _check_count(name: str, value: Any, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} is not a whole number of at least {least}")

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from .inputs import padding_mask, read_inputs, rows_per_sample
+from .inputs import Inputs, read_inputs
 from .routing import Route, Router
 from .scope import Current, Scope, replaced
+from .units import as_units, check_rows
 
 
 class Dispatcher:
@@ -131,7 +132,7 @@ class Dispatcher:
         elif _lost_gradient(route, router) and adapter_name in scope.features:
             route = scope.routes[adapter_name] = router(scope.features[adapter_name], _pinned_group(scope))
         if route.group.shape[0] != 1 or router.per_sample:
-            self._check_rows(scope, layer_name, x)
+            check_rows(x, scope.inputs, layer_name)
         return route
 
     def _take(self, router: Router, adapter_name: str, layer_name: str, x: Tensor, scope: Scope) -> Route:
@@ -142,17 +143,17 @@ class Dispatcher:
                 f"layer {layer_name!r} needs the route its encoder took, but encoder_outputs carry none. Pass the "
                 "outputs this model's encoder returned, or use tucka.pin_route"
             )
-        if router.sources is not None and layer_name not in router.sources:
+        if not router.may_feed(layer_name):
             raise RuntimeError(
-                f"layer {layer_name!r} ran before any layer that may feed the router: {', '.join(router.sources)}"
+                f"layer {layer_name!r} ran before any layer that may feed the router: {', '.join(router.sources or ())}"
             )
         if x.shape[-1] != router.width:
             raise ValueError(
                 f"layer {layer_name!r} ran first and has {x.shape[-1]} input features, but the router was built for "
                 f"{router.width}; set router_module to the layer that runs first"
             )
-        feature = router.feature(*self._units(router, layer_name, x, scope))
-        if router.awaits_start and (scope.trains or self.current.calibrating == adapter_name):
+        feature = self.feature(router, layer_name, x, scope.inputs, per_sample=router.per_sample)
+        if router.awaits_start and scope.trains:
             router.start(feature)
         scope.features[adapter_name] = _leaf_without_graph(feature)
         if feature.requires_grad and adapter_name in scope.recomputed:
@@ -162,32 +163,12 @@ class Dispatcher:
             route = _where(scope.warm, scope.kept[adapter_name], route)
         return route
 
-    def _units(self, router: Router, layer_name: str, x: Tensor, scope: Scope) -> tuple[Tensor, Tensor | None]:
-        """View a layer's input as routed units, (N, S, D), with its padding mask, (N, S)."""
-        inputs, width = scope.inputs, x.shape[-1]
-        padded = inputs.mask is not None and not router.config.pool_padding
-        if not router.per_sample and not padded:
-            return x.reshape(1, -1, width), None
-        self._check_rows(scope, layer_name, x)
-        samples = inputs.samples or 0
-        tokens = x.shape[:-1].numel() // max(samples, 1)
-        x = x.reshape(samples, tokens, width)
-        # A layer that sees one pooled row per sample has no padding left to leave out.
-        pooled = tokens == 1 and inputs.positions != 1
-        keep = padding_mask(inputs, samples, tokens) if padded and not pooled else None
-        if router.per_sample:
-            return x, keep
-        return x.reshape(1, -1, width), None if keep is None else keep.reshape(1, -1)
-
-    def _check_rows(self, scope: Scope, layer_name: str, x: Tensor) -> None:
-        samples, positions = scope.inputs.samples, scope.inputs.positions
-        if samples is None or rows_per_sample(tuple(x.shape), samples, positions) is None:
-            shown = "an unknown number of" if samples is None else samples
-            per_sample = "" if positions is None else f" of {positions} positions"
-            raise ValueError(
-                f"layer {layer_name!r}: leading size {x.shape[0]} of its input {tuple(x.shape)} cannot be tied to "
-                f"{shown} samples{per_sample}; exclude the layer (exclude_modules) or use routing='batch'"
-            )
+    @staticmethod
+    def feature(router: Router, layer_name: str, x: Tensor, inputs: Inputs, *, per_sample: bool) -> Tensor:
+        """Pool a layer's input, (..., D), into the routing features of its units, (N, F)."""
+        pool_padding = router.config.pool_padding
+        units, keep = as_units(x, inputs, layer_name, per_sample=per_sample, pool_padding=pool_padding)
+        return router.feature(units, keep)
 
     # --- contexts ------------------------------------------------------------------------------------------------
 
@@ -218,12 +199,6 @@ class Dispatcher:
     def pinning(self, route: Route) -> Iterator[None]:
         """Use that route in every forward opened meanwhile."""
         with replaced(self.current, pinned=route):
-            yield
-
-    @contextmanager
-    def calibrating(self, adapter_name: str) -> Iterator[None]:
-        """Let that adapter's router start from the forwards opened meanwhile."""
-        with replaced(self.current, calibrating=adapter_name):
             yield
 
     @contextmanager

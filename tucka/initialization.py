@@ -1,114 +1,287 @@
-"""Starts: what experts and routers hold before training."""
+"""Starts from data: one pass for the routing features, one for the tensors that the experts start from.
+
+Shape legend: B samples of a batch, N samples in all, F length of a routing feature, K groups, T experts in a group.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .calibration import FeatureReader, Loss, Rows, as_found, bare, device_of, listening, progress_bar, run_batch
 from .config import TuckAConfig
+from .hosvd import Decomposition, hosvd_of_moments
+from .layer import TuckALayer
+from .model import layers_of, single_adapter_name
+from .moments import FORMED_LIMIT, FormedMoments, GaussianTests, Moments, SketchedMoments
 from .routing import Router
-from .tensors import ExpertTensor
+from .starts import DATA_STARTS, start_experts_from, start_router_from
 
-EXPERT_STARTS: dict[str, Callable[[ExpertTensor], ExpertTensor]] = {
-    "identity": ExpertTensor.identity_,
-    "kaiming": ExpertTensor.kaiming_,
-}
-"""Data-free starts of the experts, by `TuckAConfig.init_experts`."""
+logger = logging.getLogger(__name__)
 
 
-def start_experts(experts: ExpertTensor, config: TuckAConfig) -> None:
-    """Fill new experts as the configuration says."""
-    if config.init_weights:
-        EXPERT_STARTS[config.init_experts](experts)
-    else:
-        experts.normal_(std=0.02)
+def initialize(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    adapter_name: str | None = None,
+    *,
+    samples: int = 512,
+    loss: Loss | None = None,
+    progress: bool = True,
+) -> None:
+    """Start a wrapped model from data, as its configuration says (`init_router`, `init_experts`).
 
-
-def initialize(model: nn.Module, calibration: Iterable[Any], adapter_name: str | None = None) -> None:
-    """Start a wrapped model from data: the paper's centroids, from the first batch of `calibration`.
-
-    Without it the same start happens in the first training forward. The model's training mode and the random
-    state are left as found.
+    A first pass reads the routing features, up to the router's layer; a second one, for `init_experts` "hosvd" or
+    "gradient", the moments of every layer of the base model. No activation is kept beyond its batch. The model's modes,
+    hooks, gradients and random state are left as found, also when a batch raises, and then its parameters are too.
+    In a distributed run every process calls this, and all get the first one's start.
 
     Parameters
     ----------
     model : PeftModel
         A model that `tucka.apply` or `peft.get_peft_model` has wrapped.
     calibration : iterable
-        Batches the model takes: mappings, tuples of positional arguments, or single tensors.
+        Batches the model takes: mappings, tuples of positional arguments, or single tensors. Batches are read until
+        they hold `samples` samples; they are kept for the second pass, so the iterable is read once.
     adapter_name : str, optional
         The adapter to start; default: the active one.
+    samples : int
+        How many samples to read.
+    loss : callable, optional
+        Takes a model's output and the batch and returns the loss, for "gradient"; default: ``output.loss``.
+    progress : bool
+        Show a progress bar.
 
     Raises
     ------
     ValueError
-        If there is no batch, or no such adapter, or it does not start from data.
+        If there is no batch, or no such adapter, or it does not start from data; if there are fewer samples than
+        experts; if "gradient" has no loss, or a moment is not finite.
     """
-    from .model import dispatchers_of, layers_of, single_adapter_name
-
     name = single_adapter_name(model, adapter_name)
-    dispatchers = [d for d in dispatchers_of(model).values() if name in d.router_owners]
-    starting = [d for d in dispatchers if d.router(name).config.init_router == "perturb"]
-    if not starting:
+    layers = [layer for layer in layers_of(model) if name in layer.tucka_experts]
+    config: TuckAConfig = model.peft_config[name]  # type: ignore[assignment, index]
+    routers = {
+        layer.dispatcher.name: layer.dispatcher.router(name)
+        for layer in layers
+        if name in layer.dispatcher.router_owners
+    }
+    starts_experts = config.init_experts in DATA_STARTS and config.init_weights
+    starts_routers = config.init_router != "kaiming"
+    if not starts_experts and not starts_routers:
         raise ValueError(
-            f"adapter {name!r} draws its centroids without data; only init_router='perturb' starts from it"
+            f"adapter {name!r} starts without data: init_router={config.init_router!r} and "
+            f"init_experts={config.init_experts!r} read none"
         )
-    batch = next(iter(calibration), None)
-    if batch is None:
-        raise ValueError("calibration yields no batch; the start needs one")
-    with ExitStack() as stack:
-        for dispatcher in starting:
-            stack.enter_context(_waiting(dispatcher.router(name)))
-            stack.enter_context(dispatcher.calibrating(name))
-        for layer in layers_of(model):
-            stack.enter_context(layer.only(name))
-        stack.enter_context(_as_found(model))
-        run_batch(model, batch, next(model.parameters()).device)
+    wanted = samples if starts_experts or config.init_router != "perturb" else 1
+    with as_found(model), bare(layers_of(model)), _all_or_nothing(routers.values()):
+        batches, features = _read_features(model, layers, name, calibration, wanted, progress)
+        if config.init_router == "perturb":
+            _perturb(model, layers, name, routers, batches[0])
+        elif starts_routers:
+            for tower, feature in features.items():
+                start_router_from(routers[tower], feature)
+        if starts_experts:
+            clusters = {tower: _clusters(routers[tower], feature) for tower, feature in features.items()}
+            collector = MomentCollector(layers, name, config, clusters)
+            _read_moments(model, layers, batches, collector, config, loss, progress)
+            for layer, found in collector.decompositions():
+                start_experts_from(layer.tucka_experts[name], found, config)  # type: ignore[arg-type]
+    _share_start(layers, name)
 
 
 @contextmanager
-def _waiting(router: Router) -> Iterator[None]:
-    """Let a router start (again); one that no batch reached is left as found."""
-    before = (router.awaits_start, router.initialised.clone())
-    router.awaits_start = True
-    router.initialised.fill_(False)
+def _all_or_nothing(routers: Iterable[Router]) -> Iterator[None]:
+    """Put routers back as they were if what follows raises."""
+    before = [(router, router.snapshot()) for router in routers]
     try:
         yield
-    finally:
-        if router.awaits_start:
-            router.awaits_start = before[0]
-            router.initialised.copy_(before[1])
+    except BaseException:
+        for router, snapshot in before:
+            router.restore(snapshot)
+        raise
 
 
-@contextmanager
-def _as_found(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradient; training modes and random state are put back."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+def _read_features(
+    model: nn.Module, layers: list[TuckALayer], name: str, calibration: Iterable[Any], samples: int, progress: bool
+) -> tuple[list[Any], dict[str, Tensor]]:
+    """Batches of (at least) so many samples, and the features of every tower that saw them, (N, F)."""
+    reader, batches, seen, device = FeatureReader(layers, name, per_sample=True), [], 0, device_of(model)
+    with progress_bar(samples, "routing", progress) as bar:
+        for batch in calibration:
+            units = reader.read(model, batch, device)
+            batches.append(batch)
+            seen += units
+            bar.update(min(units, samples - bar.n))
+            if seen >= samples:
+                break
+    if not batches:
+        raise ValueError("calibration yields no batch; the start needs one")
+    return batches, {tower: torch.cat(parts) for tower, parts in reader.features.items() if parts}
 
 
-def run_batch(model: nn.Module, batch: Any, device: torch.device) -> Any:
-    """Call a model on one batch of a loader."""
-    batch = _to(batch, device)
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+def _perturb(model: nn.Module, layers: list[TuckALayer], name: str, routers: dict[str, Router], batch: Any) -> None:
+    """The paper's start, from the first batch as it is routed."""
+    config: TuckAConfig = model.peft_config[name]  # type: ignore[assignment, index]
+    reader = FeatureReader(layers, name, per_sample=config.routing == "sample")
+    reader.read(model, batch, device_of(model))
+    for tower, features in reader.features.items():
+        if features:
+            routers[tower].initialised.fill_(False)
+            routers[tower].start(features[0])
 
 
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _to(item, device) for key, item in value.items()}
-    return type(value)(_to(item, device) for item in value) if isinstance(value, (tuple, list)) else value
+def _clusters(
+    router: Router,
+    features: Tensor,  # (N, F)
+) -> Tensor:  # (N,) cluster i·T + j of every sample
+    """The group that a router chooses, and the expert of the largest gate in it."""
+    with torch.no_grad():
+        route = router(features)
+    assert route.gates is not None
+    return route.group * router.config.t + route.gates.argmax(-1)
+
+
+def _read_moments(
+    model: nn.Module,
+    layers: list[TuckALayer],
+    batches: list[Any],
+    collector: MomentCollector,
+    config: TuckAConfig,
+    loss: Loss | None,
+    progress: bool,
+) -> None:
+    gradients, device = config.init_experts == "gradient", device_of(model)
+    heard = listening(layers, config.form == "additive", gradients, collector.hear)
+    bar = progress_bar(len(batches), config.init_experts, progress, unit=" batches")
+    with heard, bar, torch.set_grad_enabled(gradients):
+        for batch in batches:
+            output = run_batch(model, batch, device)
+            if gradients:
+                _loss_of(output, batch, loss).backward()
+            collector.next_batch()
+            bar.update()
+
+
+def _loss_of(output: Any, batch: Any, loss: Loss | None) -> Tensor:
+    value = loss(output, batch) if loss is not None else getattr(output, "loss", None)
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            "init_experts='gradient' needs a loss, but the model's output has none: give batches with labels, or "
+            "loss=function(output, batch)"
+        )
+    if not value.requires_grad:
+        raise ValueError("the loss does not depend on any adapted layer")
+    return value
+
+
+class MomentCollector:
+    """Hears the layers of a model and gathers what their experts start from.
+
+    Parameters
+    ----------
+    layers : list of TuckALayer
+    adapter_name : str
+    config : TuckAConfig
+    clusters : dict
+        Cluster of every sample, (N,), by tower; an expectation over the samples of a cluster weighs each alike.
+    """
+
+    def __init__(
+        self, layers: list[TuckALayer], adapter_name: str, config: TuckAConfig, clusters: dict[str, Tensor]
+    ) -> None:
+        self.layers, self.name, self.config, self.clusters = layers, adapter_name, config, clusters
+        self.moments: dict[TuckALayer, Moments] = {}
+        self._tests = GaussianTests()
+        self._start = dict.fromkeys(clusters, 0)  # samples of the batches before this one, by tower
+        self._size = dict.fromkeys(clusters, 0)
+
+    def hear(self, layer: TuckALayer, x: Tensor, z: Tensor, rows: Rows) -> None:
+        """Add one call of a layer: inputs x (rows, D), activations or gradients z (rows, D or O)."""
+        tower = layer.dispatcher.name
+        if layer not in self.moments:
+            self.moments[layer] = self._new(layer, x.shape[-1], z.shape[-1])
+        samples = int(rows.sample[-1]) + 1 if len(rows.sample) else 0
+        self._size[tower] = samples
+        if not layer.tucka_routed[self.name]:
+            cluster_N = rows.sample.new_zeros(len(self.clusters[tower]))
+        else:
+            cluster_N = self.clusters[tower].to(x.device)
+        cluster_B = cluster_N[self._start[tower] : self._start[tower] + samples]
+        weight_B = 1 / cluster_N.bincount().clamp_min(1)[cluster_B]
+        if self.config.init_experts == "gradient":
+            weight_B = weight_B * samples  # a loss is a mean over the samples of its batch
+        else:
+            weight_B = weight_B / rows.sample[rows.keep].bincount(minlength=samples).clamp_min(1)
+        sample = rows.sample[rows.keep]
+        self.moments[layer].add(x[rows.keep], z[rows.keep], cluster_B[sample], weight_B[sample])
+
+    def next_batch(self) -> None:
+        """Go on to the next batch."""
+        for tower, size in self._size.items():
+            self._start[tower] += size
+        self._size = dict.fromkeys(self.clusters, 0)
+
+    def _new(self, layer: TuckALayer, d: int, o: int) -> Moments:
+        experts: Any = layer.tucka_experts[self.name]
+        clusters, placed = (
+            experts.shape[0] * experts.shape[1],
+            dict(device=experts.core.device, dtype=experts.core.dtype),
+        )
+        if d * o <= FORMED_LIMIT:
+            return FormedMoments(clusters, d, o, **placed)
+        return SketchedMoments(clusters, d, o, experts.core.shape[-1], self._tests, **placed)
+
+    def decompositions(self) -> list[tuple[TuckALayer, Decomposition]]:
+        """Truncated HOSVD of every layer that was heard; layers that share factors are decomposed together.
+
+        Raises
+        ------
+        ValueError
+            If a moment is not finite.
+        """
+        found: list[tuple[TuckALayer, Decomposition]] = []
+        for family in self._families():
+            sizes = {layer: self.moments[layer].size() for layer in family}
+            for layer, size in sizes.items():
+                if not math.isfinite(size):
+                    raise ValueError(f"the {self.config.init_experts} tensor of layer {layer.name!r} is not finite")
+            if not any(sizes.values()):
+                logger.info(
+                    "layer %r has a zero %s tensor: it starts without", family[0].name, self.config.init_experts
+                )
+                continue
+            tensors: list[Any] = [layer.tucka_experts[self.name] for layer in family]
+            parts = hosvd_of_moments(
+                [self.moments[layer] for layer in family],
+                [tuple(experts.shape[:2]) for experts in tensors],
+                [tuple(experts.core.shape[1:3]) for experts in tensors],
+                tied=tensors[0].input_mode is tensors[0].output_mode,
+            )
+            found += zip(family, parts)
+        return found
+
+    def _families(self) -> list[list[TuckALayer]]:
+        """Layers that were heard, those that share factors together."""
+        families: dict[int, list[TuckALayer]] = {}
+        for layer in self.layers:
+            if layer in self.moments:
+                experts: Any = layer.tucka_experts[self.name]
+                families.setdefault(id(experts.input_mode), []).append(layer)
+        return list(families.values())
+
+
+def _share_start(layers: list[TuckALayer], name: str) -> None:
+    """Give every process of a distributed run the first one's start."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    for layer in layers:
+        held = [modules[name] for modules in (layer.tucka_experts, layer.tucka_router) if name in modules]
+        for value in (value for module in held for value in module.state_dict().values()):
+            torch.distributed.broadcast(value, 0)

@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from . import ops
 from .config import TuckAConfig
 from .dispatch import Dispatcher
-from .initialization import start_experts
 from .routing import Router
+from .starts import start_experts
 from .tensors import ExpertTensor
 
 QUANTIZED = ("HQQLinear", "EetqLinear", "QuantizedLinear", "PatchedLinear", "TorchaoLinear")
@@ -55,7 +55,7 @@ class TuckALayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("tucka_experts", "tucka_router")
-    other_param_names = ("tucka_alpha", "tucka_form")
+    other_param_names = ("tucka_alpha", "tucka_form", "tucka_routed")
 
     def __init__(self, base_layer: nn.Module, name: str, dispatcher: Dispatcher) -> None:
         super().__init__()
@@ -70,6 +70,7 @@ class TuckALayer(nn.Module, BaseTunerLayer):
         self.tucka_router = nn.ModuleDict()
         self.tucka_alpha: dict[str, float] = {}
         self.tucka_form: dict[str, str] = {}
+        self.tucka_routed: dict[str, bool] = {}
 
     def update_layer(
         self,
@@ -78,18 +79,22 @@ class TuckALayer(nn.Module, BaseTunerLayer):
         rank: int,
         *,
         factors_of: Optional[ExpertTensor] = None,
+        routed: bool = True,
         routes: bool = False,
         router_sources: Optional[tuple[str, ...]] = None,
     ) -> None:
-        """Add the experts of an adapter, and with `routes` the router of the whole tower."""
+        """Add the experts of an adapter, and with `routes` the router of the whole tower.
+
+        A layer that runs before the router (not `routed`) has a single expert, which is always active.
+        """
         placement = self._placement()
         additive = config.form == "additive"
-        shape = (config.k, config.t, self.in_features, self.out_features if additive else self.in_features)
+        groups, per_group, shared_rank = (config.k, config.t, config.p) if routed else (1, 1, 1)
         experts = ExpertTensor.new(
-            shape,
-            (config.p, rank),
+            (groups, per_group, self.in_features, self.out_features if additive else self.in_features),
+            (shared_rank, rank),
             tie_factors=config.tie_factors and not additive,
-            shared_expert=config.shared_expert,
+            shared_expert=config.shared_expert and routed,
             factors_of=factors_of,
             normalize=config.normalize,
             hold_factors=config.trainable == "core",
@@ -99,6 +104,7 @@ class TuckALayer(nn.Module, BaseTunerLayer):
         self.tucka_experts[adapter_name] = experts
         self.tucka_alpha[adapter_name] = config.alpha
         self.tucka_form[adapter_name] = config.form
+        self.tucka_routed[adapter_name] = routed
         if routes:
             self.tucka_router[adapter_name] = Router(config, self.in_features, router_sources, **placement)
             self.dispatcher.router_owners[adapter_name] = self
@@ -125,22 +131,26 @@ class TuckALayer(nn.Module, BaseTunerLayer):
     def _add_update(self, onto: Tensor, adapter_name: str, x: Tensor) -> Tensor:
         """Add α x U M Vᵀ at the route of this forward; x is (..., D), `onto` (..., O)."""
         experts: Any = self.tucka_experts[adapter_name]
-        route = self.dispatcher.route(adapter_name, self.name, x)
-        group, gates, _ = (None, None, None) if route is None else route.to(x.device)
+        group, gates = self._group_and_gates(adapter_name, x)
         with torch.autocast(device_type=x.device.type, enabled=False):  # R×R work, in the parameters' precision
             mix = experts.mix(group, gates)
         mix = (mix * self.tucka_alpha[adapter_name]).to(x.dtype)
         return ops.add_low_rank_update(onto, x, experts.input_mode.to(x), mix, experts.output_mode.to(onto))
 
+    def _group_and_gates(self, adapter_name: str, x: Tensor) -> tuple[Optional[Tensor], Optional[Tensor]]:
+        if not self.tucka_routed[adapter_name]:
+            return torch.zeros(1, dtype=torch.long, device=x.device), torch.ones(1, 1, device=x.device)
+        route = self.dispatcher.route(adapter_name, self.name, x)
+        return (None, None) if route is None else route.to(x.device)[:2]
+
     @contextmanager
-    def only(self, adapter_name: str) -> Iterator[None]:
-        """Run with that adapter alone, enabled, whatever is active; what trains is left as it is."""
-        before = (self._active_adapter, self._disable_adapters)
-        self._active_adapter, self._disable_adapters = [adapter_name], False
+    def bare(self) -> Iterator[None]:
+        """Run the base layer alone."""
+        before, self._disable_adapters = self._disable_adapters, True
         try:
             yield
         finally:
-            self._active_adapter, self._disable_adapters = before
+            self._disable_adapters = before
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         """Refused: the update depends on the route of each forward, a weight cannot."""

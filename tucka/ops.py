@@ -104,6 +104,33 @@ def paper_affinity(
     return torch.sigmoid(logits_NKT / safe_norm(logits_NKT, dim=-1, keepdim=True))
 
 
+def cosine_affinity(
+    feature: Tensor,  # (N, F), centred
+    centroids: Tensor,  # (K T, F)
+    groups: int,
+    temperature: float,
+) -> Tensor:  # (N, K, T)
+    """Softmax over all experts of the cosine to their centroids, over τ: Σ over K·T is 1 for every unit."""
+    feature = feature / safe_norm(feature, dim=-1, keepdim=True)
+    centroids = centroids / safe_norm(centroids, dim=-1, keepdim=True)
+    logits_NC = torch.einsum("nf,cf->nc", feature, centroids) / temperature
+    return logits_NC.softmax(-1).unflatten(-1, (groups, -1))
+
+
+def distance_affinity(
+    feature: Tensor,  # (N, F), centred
+    centroids: Tensor,  # (K T, F), centred
+    groups: int,
+    temperature: float,
+    spread: Tensor,  # () mean squared distance of features to their own centroids
+) -> Tensor:  # (N, K, T)
+    """Softmax over all experts of −‖f − c‖² / (τ s²): the posterior of a Gaussian mixture of equal weights."""
+    products_NC = torch.einsum("nf,cf->nc", feature, centroids)
+    # ‖f‖² is the same for all experts, and leaving it out keeps the logits small.
+    logits_NC = (2 * products_NC - centroids.square().sum(-1)) / (temperature * spread)
+    return logits_NC.softmax(-1).unflatten(-1, (groups, -1))
+
+
 def choose_group(scores: Tensor) -> Tensor:
     """The group that holds the largest score: (N, K, T) to (N,)."""
     return scores.amax(-1).argmax(-1)

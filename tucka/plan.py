@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple, Optional
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
@@ -21,6 +22,7 @@ class LayerPlan(NamedTuple):
     routes: bool  # holds the router of its tower
     router_sources: Optional[tuple[str, ...]]  # layers that may feed it; None: whichever runs first
     factors_of: Optional[str]  # layer whose D-mode factors it shares
+    routed: bool  # False: it runs before the router and carries one always-active expert
 
 
 def plan_adapter(
@@ -42,7 +44,8 @@ def plan_adapter(
     Raises
     ------
     ValueError
-        If a target is no linear layer, a rank exceeds a layer's width, or `router_module` names no adapted layer.
+        If a target is no linear layer, a rank exceeds a layer's width, `router_module` names no adapted layer, or
+        `router_depth` no block that holds one.
     """
     targets = _targets(tuner, model, config, names)
     widths = {name: _checked_features(name, module) for name, module in targets.items()}
@@ -57,9 +60,15 @@ def plan_adapter(
     for name in targets:
         kind = (name.rpartition(".")[2], *widths[name], ranks[name])
         owner = owners.setdefault(kind, name) if config.share_factors else name
-        owner_name, sources = routing[tower_of(name, towers)]
+        tower = tower_of(name, towers)
+        owner_name, sources, unrouted = routing[tower]
         plans[name] = LayerPlan(
-            ranks[name], tower_of(name, towers), name == owner_name, sources, None if owner == name else owner
+            rank=ranks[name],
+            tower=tower,
+            routes=name == owner_name,
+            router_sources=sources,
+            factors_of=None if owner == name else owner,
+            routed=name not in unrouted,
         )
     return plans
 
@@ -104,23 +113,59 @@ def _checked_rank(name: str, features: tuple[int, int], config: TuckAConfig) -> 
     return rank
 
 
-def _router_places(layers_of: dict[Tower, list[str]], config: TuckAConfig) -> dict:
-    """For every tower, the layer that holds the router and the layers that may feed it."""
-    wanted = config.router_module
-    places: dict[Tower, tuple[str, tuple[str, ...] | None]] = {}
+class RouterPlace(NamedTuple):
+    """Where the router of a tower is held, which layers may feed it (None: whichever runs first), which run before."""
+
+    owner: str
+    sources: Optional[tuple[str, ...]]
+    unrouted: frozenset[str] = frozenset()
+
+
+def _router_places(layers_of: dict[Tower, list[str]], config: TuckAConfig) -> dict[Tower, RouterPlace]:
+    places = {}
     for tower, layers in layers_of.items():
-        chosen = [name for name in layers if wanted and (name == wanted or name.endswith(f".{wanted}"))]
-        exact = [name for name in chosen if name == wanted] or chosen
-        if len(exact) > 1:
-            raise ValueError(f"router_module={wanted!r} matches {len(exact)} adapted layers, {exact[0]!r} among them")
-        if exact:
-            places[tower] = (exact[0], (exact[0],))
-            continue
+        chosen = _named(layers, config.router_module)
         in_encoder = [name for name in layers if tower.encoder and name.startswith(f"{tower.encoder}.")]
-        places[tower] = ((in_encoder or layers)[0], tuple(in_encoder) or None)
-    if wanted and all(sources != (owner,) for owner, sources in places.values()):
-        adapted = [name for layers in layers_of.values() for name in layers]
+        if chosen:
+            places[tower] = RouterPlace(chosen, (chosen,))
+        elif config.router_depth and _blocks(layers):
+            places[tower] = _at_depth(config.router_depth, in_encoder or layers)
+        else:
+            places[tower] = RouterPlace((in_encoder or layers)[0], tuple(in_encoder) or None)
+    adapted = [name for layers in layers_of.values() for name in layers]
+    if config.router_module and not _named(adapted, config.router_module):
         raise ValueError(
-            f"router_module={wanted!r} names none of the {len(adapted)} adapted layers: {', '.join(adapted[:5])}, …"
+            f"router_module={config.router_module!r} names none of the {len(adapted)} adapted layers: "
+            f"{', '.join(adapted[:5])}, …"
         )
+    if config.router_depth and not _blocks(adapted):
+        raise ValueError(f"router_depth={config.router_depth} counts blocks, but no adapted layer lies in one")
     return places
+
+
+def _named(layers: list[str], wanted: str | None) -> str | None:
+    """The layer of that name, or else the only one whose name ends so."""
+    chosen = [name for name in layers if wanted and (name == wanted or name.endswith(f".{wanted}"))]
+    exact = [name for name in chosen if name == wanted] or chosen
+    if len(exact) > 1:
+        raise ValueError(f"router_module={wanted!r} matches {len(exact)} adapted layers, {exact[0]!r} among them")
+    return exact[0] if exact else None
+
+
+def _blocks(layers: list[str]) -> dict[str, int]:
+    """Index of the block that a layer lies in: the first number in its name."""
+    found = {name: re.search(r"(?:^|\.)(\d+)\.", name) for name in layers}
+    return {name: int(match[1]) for name, match in found.items() if match}
+
+
+def _at_depth(depth: int, layers: list[str]) -> RouterPlace:
+    blocks = _blocks(layers)
+    sources = [name for name, block in blocks.items() if block == depth]
+    if not sources:
+        raise ValueError(
+            f"router_depth={depth}, but the adapted layers {layers[0]!r} to {layers[-1]!r} lie in blocks "
+            f"{min(blocks.values())} to {max(blocks.values())}"
+        )
+    outside_before = layers[: layers.index(next(iter(blocks)))]  # such as a projection of the embeddings
+    before = [name for name, block in blocks.items() if block < depth]
+    return RouterPlace(sources[0], tuple(sources), frozenset([*outside_before, *before]))

@@ -61,16 +61,18 @@ class Router(nn.Module):
     Parameters
     ----------
     config : TuckAConfig
-        Reads k, t, routing, affinity, pooling, pool_padding, balance_bias, balance_rate, perturb_scale, init_router
-        and sync_route.
+        Reads k, t, routing, affinity, temperature, pooling, pool_padding, balance_bias, balance_rate, perturb_scale,
+        init_router and sync_route.
     width : int
         Input features D of the router's layer.
     sources : tuple of str, optional
         Names of the only layers whose input may feed this router.
     """
 
-    centroids: nn.Parameter  # (K T, F)
+    centroids: nn.Parameter  # (K T, F), centred unless the affinity is the paper's
     initialised: Tensor  # () bool
+    center: Optional[Tensor]  # (F,) mean feature of the calibration
+    spread: Optional[Tensor]  # () mean squared distance of its features to their own centroids
     balance_bias: Optional[Tensor]  # (K, T)
 
     def __init__(
@@ -88,16 +90,29 @@ class Router(nn.Module):
         features = width * (2 if config.pooling == "mean_std" else 1)
         self.centroids = nn.Parameter(torch.empty(config.k * config.t, features, device=device, dtype=dtype))
         nn.init.kaiming_uniform_(self.centroids, a=5**0.5)
-        self.register_buffer("initialised", torch.tensor(config.init_router != "perturb", device=device))
-        bias = torch.zeros(config.k, config.t, device=device, dtype=dtype) if config.balance_bias else None
+        centred = config.affinity != "paper"
+        self.register_buffer("center", torch.zeros(features, device=device, dtype=dtype) if centred else None)
+        self.register_buffer("spread", torch.ones((), device=device, dtype=dtype) if centred else None)
+        self.register_buffer("initialised", torch.tensor(not self.starts_from_data, device=device))
+        biased = config.balance_bias or config.init_router == "kmeans_balanced"
+        bias = torch.zeros(config.k, config.t, device=device, dtype=dtype) if biased else None
         self.register_buffer("balance_bias", bias)
         # Kept beside the buffer because reading a buffer in every forward would wait for the device.
-        self.awaits_start = config.init_router == "perturb"
+        self.awaits_start = self.starts_from_data
+
+    @property
+    def starts_from_data(self) -> bool:
+        """Whether the centroids wait for a batch."""
+        return self.config.init_router != "kaiming"
 
     @property
     def per_sample(self) -> bool:
         """Whether every sample is a routed unit."""
         return self.config.routing == "sample"
+
+    def may_feed(self, layer_name: str) -> bool:
+        """Whether that layer's input may feed the router."""
+        return self.sources is None or layer_name in self.sources
 
     def feature(
         self,
@@ -117,7 +132,7 @@ class Router(nn.Module):
     ) -> Route:
         """Score all experts, choose a group (unless it is given) and read its gates."""
         with _no_autocast(feature):
-            scores = ops.paper_affinity(feature, self.centroids, self.config.k)
+            scores = self.scores(feature)
             if group is None:
                 biased = scores.detach() if self.balance_bias is None else scores.detach() + self.balance_bias
                 group = ops.choose_group(biased)
@@ -126,23 +141,80 @@ class Router(nn.Module):
                 scores, group = scores.expand(units, -1, -1), group.expand(units)
             return Route(group, ops.group_gates(scores, group), scores)
 
+    def scores(
+        self,
+        feature: Tensor,  # (N, F)
+    ) -> Tensor:  # (N, K, T)
+        """Score a feature against all centroids by the configured affinity."""
+        config = self.config
+        if self.center is None or self.spread is None:
+            return ops.paper_affinity(feature, self.centroids, config.k)
+        feature = feature - self.center
+        if config.affinity == "cosine":
+            return ops.cosine_affinity(feature, self.centroids, config.k, config.temperature)
+        return ops.distance_affinity(feature, self.centroids, config.k, config.temperature, self.spread)
+
     @torch.no_grad()
-    def start(self, feature: Tensor) -> None:
-        """The paper's start: centroid 1 is the first batch's feature, the others that feature plus
-        U(−1, 1)·perturb_scale per entry. Written into the parameter, so an optimiser built before keeps it.
+    def start(
+        self,
+        feature: Tensor,  # (N, F)
+    ) -> None:
+        """Start from the first batch, in place, so that an optimiser built before keeps its parameter.
+
+        "perturb" (the paper): centroid 1 is the batch's mean feature, the others that feature plus
+        U(−1, 1)·perturb_scale per entry. The k-means starts, which had no calibration: random units of the batch.
         """
-        noise = torch.rand_like(self.centroids) * 2 - 1
-        noise[0] = 0
-        fresh = feature.detach().mean(0) + self.config.perturb_scale * noise
-        # Whoever loaded the parameters may have written them past this module; the flag came along.
-        self.centroids.copy_(torch.where(self.initialised, self.centroids, fresh))
+        mean = feature.detach().mean(0)
+        if self.config.init_router == "perturb":
+            noise = torch.rand_like(self.centroids) * 2 - 1
+            noise[0] = 0
+            fresh = mean + self.config.perturb_scale * noise
+            spread = feature.shape[-1] * torch.full_like(mean[0], self.config.perturb_scale**2 / 3)
+            self._write(fresh, torch.zeros_like(mean), spread)
+            return
+        units = torch.randperm(feature.shape[0], device=feature.device)
+        chosen = feature.detach()[units[torch.arange(len(self.centroids), device=units.device) % len(units)]]
+        spread = (feature.detach() - mean).square().sum(-1).mean()
+        # Units may be fewer than centroids: a little noise tells their copies apart.
+        noise = torch.randn_like(chosen) * (spread / chosen.shape[-1]).sqrt() * 0.1
+        self._write(chosen + noise - (0 if self.center is None else mean), mean, spread)
+
+    def _write(self, centroids: Tensor, center: Tensor, spread: Tensor) -> None:
+        """Write a start, unless whoever loaded the parameters wrote them past this module; the flag came along."""
+        fresh = (centroids, center, spread)
+        for held, new in zip((self.centroids, self.center, self.spread), fresh):
+            if held is not None:
+                value = torch.where(self.initialised, held, new)
+                held.copy_(_from_first_process(value) if _is_distributed() else value)
         self.initialised.fill_(True)
         self.awaits_start = False
 
     @torch.no_grad()
+    def restart(
+        self,
+        centroids: Tensor,  # (K T, F)
+        center: Tensor,  # (F,)
+        spread: Tensor,  # ()
+    ) -> None:
+        """Start (again) from given centroids, whatever was there."""
+        self.initialised.fill_(False)
+        self._write(centroids, center, spread)
+
+    def snapshot(self) -> tuple[dict[str, Tensor], bool]:
+        """A copy of the state, for `restore`."""
+        return {name: value.clone() for name, value in self.state_dict().items()}, self.awaits_start
+
+    @torch.no_grad()
+    def restore(self, snapshot: tuple[dict[str, Tensor], bool]) -> None:
+        """Put a state back, in place."""
+        values, self.awaits_start = snapshot
+        for name, value in self.state_dict().items():
+            value.copy_(values[name])
+
+    @torch.no_grad()
     def balance(self, group: Tensor) -> None:
         """Move the balancing bias against the load of one training forward; does nothing without `balance_bias`."""
-        if self.balance_bias is not None:
+        if self.config.balance_bias and self.balance_bias is not None:
             self.balance_bias += balance.bias_step(group, self.config.k, self.config.balance_rate).unsqueeze(-1)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
@@ -158,6 +230,13 @@ def _this_process(total: Tensor) -> Tensor:
 
 def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _from_first_process(value: Tensor) -> Tensor:
+    """The first process's value: every process starts alike."""
+    value = value.contiguous()
+    torch.distributed.broadcast(value, 0)
+    return value
 
 
 def _sum_over_processes(total: Tensor) -> Tensor:

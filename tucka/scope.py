@@ -56,7 +56,6 @@ class Current(threading.local):
     pinned: Route | None = None
     recordings: tuple[tuple[str, list[Route]], ...] = ()  # adapter name, where its routes go
     memory: dict[str, Route] | None = None  # routes of the prompt while `generate` runs
-    calibrating: str | None = None  # adapter whose router may start from this thread's forwards
 
     def __deepcopy__(self, memo: dict) -> Current:
         return Current()

@@ -1,8 +1,8 @@
 """Files: checking them before a model is touched, and reading those of the paper's published code.
 
 An adapter is PEFT's two files. Keys end in `tucka_experts.{core, expert_factor, input_factor, output_factor,
-shared_core}` and `tucka_router.{centroids, initialised, balance_bias}`; a shared factor stands at the layer that owns
-it and nowhere else.
+shared_core}` and `tucka_router.{centroids, center, spread, initialised, balance_bias}`; a shared factor stands at the
+layer that owns it and nowhere else.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ def check_weights_beside(directory: str, subfolder: str | None, config: TuckACon
         return
     for key, shape in header_shapes(path).items():
         expected = _expected_shape(key, config)
+        if config.router_depth and shape in ((1, 1), (1, 1, *shape[2:])):  # a layer before the router: one expert
+            expected = None if expected is None else (1, 1, *expected[2:])
         if expected and (len(shape) != len(expected) or any(e not in (None, s) for e, s in zip(expected, shape))):
             shown = tuple("…" if size is None else size for size in expected)
             raise ValueError(

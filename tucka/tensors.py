@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import ops
 from ._tltorch import TuckerTensor
+from .hosvd import hosvd
 
 
 class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg]
@@ -34,8 +35,9 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
     shared_core : Parameter, (R, R), optional
     factors_of : ExpertTensor, optional
         Take the D-mode factors of that tensor instead of own ones.
-    normalize : bool
-        Every core slice of a group, C, U, V and the shared slice act divided by their Frobenius norms.
+    normalize : {False, True, "factors"}
+        True: the cores of a group, C, U, V and the shared slice act divided by their Frobenius norms. "factors": U and
+        V act as U √R / ‖U‖, and are stored with entries of unit mean square.
     hold_factors : bool
         The D-mode factors are buffers, never trained.
     """
@@ -49,7 +51,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         *,
         shared_core: nn.Parameter | None = None,
         factors_of: ExpertTensor | None = None,
-        normalize: bool = False,
+        normalize: bool | str = False,
         hold_factors: bool = False,
     ) -> None:
         super(TuckerTensor, self).__init__()  # TuckerTensor's own would register every factor, the tied one twice
@@ -111,17 +113,9 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         **options: Any,
     ) -> ExpertTensor:
         """Truncated HOSVD of a formed tensor (tensorly); tied D-modes share the singular vectors of both unfoldings."""
-        p, r = rank
-        with tl.backend_context("pytorch", local_threadsafe=True), torch.no_grad():
-            unfoldings = [tl.unfold(tensor, mode) for mode in range(4)]
-            expert_factor = _leading_vectors(unfoldings[1], p)
-            if tie_factors:
-                factor = _leading_vectors(torch.cat([unfoldings[2], unfoldings[3]], dim=1), r)
-                factors = [expert_factor, factor, factor]
-            else:
-                factors = [expert_factor, _leading_vectors(unfoldings[2], r), _leading_vectors(unfoldings[3], r)]
-            core = tl.tenalg.multi_mode_dot(tensor, factors, modes=[1, 2, 3], transpose=True)
-        parameters = [nn.Parameter(part.contiguous()) for part in (core, *factors[: 2 if tie_factors else 3])]
+        with torch.no_grad():
+            parts = hosvd(tensor, rank, tied=tie_factors)
+        parameters = [nn.Parameter(part.contiguous()) for part in parts[: 3 if tie_factors else 4]]
         return cls(*parameters, **options)
 
     @property
@@ -139,10 +133,10 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
     @property
     def factors(self) -> list[Tensor]:
         """(I_K, C, U, V) as they act, so divided by their norms with `normalize`."""
-        factors = self._raw_factors()
-        if self.normalize:
-            factors[1:] = [factor / ops.safe_norm(factor) for factor in factors[1:]]
-        return factors
+        eye, expert_factor, input_mode, output_mode = self._raw_factors()
+        if self.normalize is True:
+            expert_factor = expert_factor / ops.safe_norm(expert_factor)
+        return [eye, expert_factor, input_mode / self._norm(input_mode), output_mode / self._norm(output_mode)]
 
     @property
     def decomposition(self) -> tuple[Tensor, list[Tensor]]:
@@ -166,13 +160,13 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         mix = self._acting_shared_core()
         if group is not None and gates is not None:
             routed = ops.mix_experts(self._acting_core(), self.expert_factor, group, gates)
-            if self.normalize:
+            if self.normalize is True:
                 routed = routed / ops.safe_norm(self.expert_factor)
             mix = routed if mix is None else routed + mix
         elif mix is None:
             mix = self.core.new_zeros(self.core.shape[-2:])
         if self.normalize:
-            mix = mix / (ops.safe_norm(self.input_mode) * ops.safe_norm(self.output_mode))
+            mix = mix / (self._norm(self.input_mode) * self._norm(self.output_mode))
         return mix if mix.ndim == 3 else mix.unsqueeze(0)
 
     def identity_(self) -> ExpertTensor:
@@ -182,6 +176,25 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
             nn.init.zeros_(self.shared_core)
         for factor in self._own_factors():
             nn.init.orthogonal_(factor)
+        self._rescale_factors_()
+        return self
+
+    @torch.no_grad()
+    def write_(
+        self,
+        core: Tensor,  # (K, P, R, R)
+        expert_factor: Tensor,  # (T, P)
+        input_factor: Tensor | None,  # (D, R); None where another tensor owns it
+        output_factor: Tensor | None,  # (O, R); None where another tensor owns it, or it is the input factor
+        shared_core: Tensor | None,  # (R, R)
+    ) -> ExpertTensor:
+        """Copy parts that act as given into the parameters, so that an optimiser built before keeps them."""
+        parts = (core, expert_factor, input_factor, output_factor, shared_core)
+        own = (self.core, self.expert_factor, self.input_factor, self.output_factor, self.shared_core)
+        for parameter, part in zip(own, parts):
+            if parameter is not None and part is not None:
+                parameter.copy_(part)
+        self._rescale_factors_()
         return self
 
     def kaiming_(self) -> ExpertTensor:
@@ -193,6 +206,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
                 self.shared_core.copy_(start)
         for factor in self._own_factors():
             nn.init.kaiming_uniform_(factor, a=5**0.5, mode="fan_out")
+        self._rescale_factors_()
         return self
 
     def normal_(self, mean: float = 0, std: float = 1) -> ExpertTensor:
@@ -203,11 +217,27 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         terms = self.rank[1] * self.rank[2] * self.rank[3]
         for parameter in parameters:
             nn.init.normal_(parameter, std=(std / terms**0.5) ** 0.25)
+        self._rescale_factors_()
         return self
 
     def __getitem__(self, indices: Any) -> Tensor:
         """Index the formed tensor; experts are mixed in factored form by `mix`, not by indexing."""
         return self.to_tensor()[indices]
+
+    @torch.no_grad()
+    def _rescale_factors_(self) -> None:
+        """With `normalize="factors"` the stored scale is free: entries of unit mean square."""
+        if self.normalize == "factors":
+            for factor in (self.input_factor, self.output_factor):
+                if factor is not None:
+                    factor.mul_(factor.numel() ** 0.5 / ops.safe_norm(factor))
+
+    def _norm(self, factor: Tensor) -> Tensor | float:
+        """What a D-mode factor is divided by when it acts."""
+        if not self.normalize:
+            return 1.0
+        norm = ops.safe_norm(factor)
+        return norm if self.normalize is True else norm / factor.shape[1] ** 0.5
 
     def _own_factors(self) -> list[Tensor]:
         owned = (self.expert_factor, self.input_factor, self.output_factor)
@@ -218,14 +248,11 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         return [eye, self.expert_factor, self.input_mode, self.output_mode]
 
     def _acting_core(self) -> Tensor:
-        return self.core / ops.safe_norm(self.core, dim=(1, 2, 3), keepdim=True) if self.normalize else self.core
+        if self.normalize is not True:
+            return self.core
+        return self.core / ops.safe_norm(self.core, dim=(1, 2, 3), keepdim=True)
 
     def _acting_shared_core(self) -> Tensor | None:
-        if self.shared_core is None or not self.normalize:
+        if self.shared_core is None or self.normalize is not True:
             return self.shared_core
         return self.shared_core / ops.safe_norm(self.shared_core)
-
-
-def _leading_vectors(unfolding: Tensor, rank: int) -> Tensor:
-    """The first left singular vectors of an unfolding."""
-    return tl.svd_interface(unfolding, n_eigenvecs=rank)[0][:, :rank]

@@ -1,0 +1,108 @@
+"""Starts: what experts hold before training, and centroids made of routing features.
+
+Shape legend: N features, F their length, K groups, T experts in a group, P and R ranks (see `tucka.ops`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .clustering import SLACK, nested_kmeans
+from .config import TuckAConfig
+from .hosvd import Decomposition
+from .ops import choose_group
+from .routing import Router
+from .tensors import ExpertTensor
+
+EXPERT_STARTS: dict[str, Callable[[ExpertTensor], ExpertTensor]] = {
+    "identity": ExpertTensor.identity_,
+    "kaiming": ExpertTensor.kaiming_,
+    "hosvd": ExpertTensor.identity_,  # until calibration
+    "gradient": ExpertTensor.identity_,  # until calibration
+}
+"""What new experts hold, by `TuckAConfig.init_experts`."""
+
+DATA_STARTS = {"hosvd": 1.0, "gradient": -1.0}
+"""Starts from a tensor of the data, and the sign of a warm start: against the gradient."""
+
+
+def start_experts(experts: ExpertTensor, config: TuckAConfig) -> None:
+    """Fill new experts as the configuration says."""
+    if config.init_weights:
+        EXPERT_STARTS[config.init_experts](experts)
+    else:
+        experts.normal_(std=0.02)
+
+
+def start_experts_from(experts: ExpertTensor, found: Decomposition, config: TuckAConfig) -> None:
+    """Write a decomposition into the experts of a layer: its factors, and zero cores or the cores of a warm start.
+
+    With a shared slice, that holds the mean expert and the core what each group differs by.
+    """
+    core, shared = torch.zeros_like(found.core), None
+    if config.warm_start or config.normalize is True:
+        sign = DATA_STARTS[config.init_experts]
+        slices_KTRR = torch.einsum("tp,kpqr->ktqr", found.expert_factor, found.core)
+        norm = slices_KTRR.square().sum((-2, -1)).sqrt().mean()  # of the experts, whose factors are orthonormal
+        scale = sign * (config.warm_start or 1.0) / (config.alpha * norm.clamp_min(torch.finfo(norm.dtype).tiny))
+        core = found.core * scale
+        if experts.shared_core is not None:
+            shared = slices_KTRR.mean((0, 1)) * scale
+            core = core - torch.einsum("tp,qr->pqr", found.expert_factor, shared)
+    if shared is None and experts.shared_core is not None:
+        shared = torch.zeros_like(experts.shared_core)
+    experts.write_(core, found.expert_factor, found.input_factor, found.output_factor, shared)
+
+
+@torch.no_grad()
+def start_router_from(
+    router: Router,
+    features: Tensor,  # (N, F), one for each sample
+) -> None:
+    """Start a router by k-means; "kmeans_balanced" adds the bias that holds the routes to the balanced clusters.
+
+    With the cosine affinity the clusters are those of centred features of unit length.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer samples than experts.
+    """
+    config = router.config
+    balanced = config.init_router == "kmeans_balanced"
+    features = features.double()
+    center = torch.zeros_like(features[0]) if config.affinity == "paper" else features.mean(0)
+    placed = features - center
+    if config.affinity == "cosine":
+        placed = torch.nn.functional.normalize(placed, dim=-1)
+    centroids = nested_kmeans(placed.cpu().numpy(), config.k, config.t, balanced=balanced)
+    centroids_CF = torch.from_numpy(centroids).to(placed)
+    spread = torch.cdist(placed, centroids_CF).amin(-1).square().mean()
+    router.restart(*(value.to(router.centroids) for value in (centroids_CF, center, spread)))
+    if balanced and router.balance_bias is not None:
+        bias_K = balancing_bias(router.scores(features.to(router.centroids)))
+        router.balance_bias.copy_(bias_K.unsqueeze(-1).expand_as(router.balance_bias))
+
+
+def balancing_bias(
+    scores: Tensor,  # (N, K, T)
+    rounds: int = 400,
+) -> Tensor:  # (K,), its sum zero
+    """The bias on the choice that spreads these units most evenly, up to the slack of balanced k-means.
+
+    Steps against the load shrink from round to round; the best bias met is returned.
+    """
+    groups = scores.shape[1]
+    bias, best, least = scores.new_zeros(groups), scores.new_zeros(groups), float("inf")
+    for step in range(rounds):
+        chosen = choose_group(scores + bias.view(1, -1, 1))
+        share = torch.bincount(chosen, minlength=groups).to(scores) / len(scores)
+        if float(share.max()) < least:
+            best, least = bias.clone(), float(share.max())
+        if least * groups <= SLACK:
+            break
+        bias = bias + (1 / groups - share) * (1 - step / rounds)
+    return best - best.mean()
