@@ -62,9 +62,10 @@ class TuckAConfig(PeftConfig):
     affinity : {"paper", "cosine", "distance"}
         How a routing feature f is scored against the centroids c. "paper": σ(ℓ / ‖ℓ‖₂) over the T logits ℓ = c·f of a
         group. With ``t=1`` that is σ(±1): the router then receives no gradient and stays where it started.
-        "cosine": softmax over all K·T experts of cos(f − μ, c) / τ, with μ the mean feature of the calibration.
-        "distance": softmax over all K·T experts of −‖f − μ − c‖² / (τ s²), with s² the mean squared distance of the
-        calibration's features to their own centroids: the posterior of a mixture of Gaussians of variance τ s² / 2.
+        The others read the standardised feature z = (f − μ) / σ, with the mean and the standard deviation of every
+        entry over the calibration. "cosine": softmax over all K·T experts of cos(z, c) / τ. "distance": softmax over
+        all K·T experts of −‖z − c‖² / (τ s²), with s² the mean squared distance of the calibration's z to the nearest
+        centroid: the posterior of a mixture of Gaussians of variance τ s² / 2 per entry.
     temperature : float
         τ of the cosine and distance affinities.
     pooling : {"mean", "mean_std"}

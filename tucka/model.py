@@ -16,7 +16,7 @@ from .targets import DEFAULT_TARGETS
 from .towers import Attachment, Tower
 
 TENSOR_NAMES = ("core", "expert_factor", "input_factor", "output_factor", "shared_core")
-RESERVED_NAMES = frozenset([*TENSOR_NAMES, "centroids", "initialised", "balance_bias", "center", "spread"])
+RESERVED_NAMES = frozenset([*TENSOR_NAMES, "centroids", "initialised", "balance_bias", "center", "scale", "spread"])
 """PEFT tells adapters apart by the ends of keys, so a tensor's own name is none for an adapter."""
 
 

@@ -6,10 +6,12 @@ Shape legend: N rows (tokens), C clusters (K·T: one for each expert), D input f
 The tensor is 𝒴[c] = E[x zᵀ | cluster c] ∈ ℝ^{D×O}, an expectation over the samples of a cluster. The sketch follows
 the one-pass Tucker sketch of Sun, Guo, Luo, Tropp and Udell (2020, "Low-rank Tucker approximation of a tensor from
 streaming data"), with a test matrix that is a Khatri–Rao product over (cluster, feature), as in Sun, Guo, Tropp and
-Udell (2018, "Tensor random projection for low memory dimension reduction"). For the D-mode it is
-𝒴₍₃₎Ω = Σ_c 𝒴[c] Ω diag(ω_c), D×Q; for the core Φᵀ𝒴[c]Φ, H×H for each cluster. With Gaussian test matrices of Q = 2R + 16 columns the expected error
-of a factor is at most √(1 + R/(Q−R−1)) times the best one's (Halko, Martinsson and Tropp 2011, theorem 10.5): 1.16 for
-R = 8.
+Udell (2018, "Tensor random projection for low memory dimension reduction"):
+
+    for the D-mode, 𝒴₍₃₎ Ω = Σ_c 𝒴[c] Ω diag(ω_c), D×Q; for the core, Φᵀ 𝒴[c] Φ, H×H for each cluster.
+
+With Gaussian test matrices of Q = 2R + 16 columns the expected error of a factor is at most √(1 + R/(Q−R−1)) times the
+best one's (Halko, Martinsson and Tropp 2011, theorem 10.5): 1.16 for R = 8.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import balance, ops
 from .config import TuckAConfig
+from .ops import safe_norm
 
 
 class Route(NamedTuple):
@@ -69,9 +70,10 @@ class Router(nn.Module):
         Names of the only layers whose input may feed this router.
     """
 
-    centroids: nn.Parameter  # (K T, F), centred unless the affinity is the paper's
+    centroids: nn.Parameter  # (K T, F), of standardised features unless the affinity is the paper's
     initialised: Tensor  # () bool
     center: Optional[Tensor]  # (F,) mean feature of the calibration
+    scale: Optional[Tensor]  # (F,) its standard deviation
     spread: Optional[Tensor]  # () mean squared distance of its features to their own centroids
     balance_bias: Optional[Tensor]  # (K, T)
 
@@ -92,6 +94,7 @@ class Router(nn.Module):
         nn.init.kaiming_uniform_(self.centroids, a=5**0.5)
         centred = config.affinity != "paper"
         self.register_buffer("center", torch.zeros(features, device=device, dtype=dtype) if centred else None)
+        self.register_buffer("scale", torch.ones(features, device=device, dtype=dtype) if centred else None)
         self.register_buffer("spread", torch.ones((), device=device, dtype=dtype) if centred else None)
         self.register_buffer("initialised", torch.tensor(not self.starts_from_data, device=device))
         biased = config.balance_bias or config.init_router == "kmeans_balanced"
@@ -147,9 +150,9 @@ class Router(nn.Module):
     ) -> Tensor:  # (N, K, T)
         """Score a feature against all centroids by the configured affinity."""
         config = self.config
-        if self.center is None or self.spread is None:
+        if self.center is None or self.scale is None or self.spread is None:
             return ops.paper_affinity(feature, self.centroids, config.k)
-        feature = feature - self.center
+        feature = (feature - self.center) / self.scale
         if config.affinity == "cosine":
             return ops.cosine_affinity(feature, self.centroids, config.k, config.temperature)
         return ops.distance_affinity(feature, self.centroids, config.k, config.temperature, self.spread)
@@ -164,25 +167,37 @@ class Router(nn.Module):
         "perturb" (the paper): centroid 1 is the batch's mean feature, the others that feature plus
         U(−1, 1)·perturb_scale per entry. The k-means starts, which had no calibration: random units of the batch.
         """
-        mean = feature.detach().mean(0)
+        feature = feature.detach()
         if self.config.init_router == "perturb":
             noise = torch.rand_like(self.centroids) * 2 - 1
             noise[0] = 0
-            fresh = mean + self.config.perturb_scale * noise
-            spread = feature.shape[-1] * torch.full_like(mean[0], self.config.perturb_scale**2 / 3)
-            self._write(fresh, torch.zeros_like(mean), spread)
-            return
-        units = torch.randperm(feature.shape[0], device=feature.device)
-        chosen = feature.detach()[units[torch.arange(len(self.centroids), device=units.device) % len(units)]]
-        spread = (feature.detach() - mean).square().sum(-1).mean()
-        # Units may be fewer than centroids: a little noise tells their copies apart.
-        noise = torch.randn_like(chosen) * (spread / chosen.shape[-1]).sqrt() * 0.1
-        self._write(chosen + noise - (0 if self.center is None else mean), mean, spread)
+            centroids = feature.mean(0) + self.config.perturb_scale * noise
+            center, scale = torch.zeros_like(centroids[0]), torch.ones_like(centroids[0])
+        else:
+            center, scale = self.standard(feature)
+            units = torch.randperm(feature.shape[0], device=feature.device)
+            chosen = units[torch.arange(len(self.centroids), device=units.device) % feature.shape[0]]
+            # Units may be fewer than centroids: a little noise tells their copies apart.
+            centroids = (feature[chosen] - center) / scale + 0.1 * torch.randn_like(self.centroids)
+        distances_NC = torch.cdist((feature - center) / scale, centroids)
+        self._write(centroids, center, scale, distances_NC.amin(-1).square().mean().clamp_min(1e-3))
 
-    def _write(self, centroids: Tensor, center: Tensor, spread: Tensor) -> None:
+    def standard(
+        self,
+        feature: Tensor,  # (N, F)
+    ) -> tuple[Tensor, Tensor]:  # (F,), (F,)
+        """What features are centred by and divided by; with the paper's affinity they stay as they are."""
+        mean = feature.mean(0)
+        if self.config.affinity == "paper":
+            return torch.zeros_like(mean), torch.ones_like(mean)
+        deviation = (feature - mean).square().mean(0).sqrt()
+        # An entry that hardly varies says nothing, and must not be blown up.
+        return mean, torch.maximum(deviation, 1e-2 * safe_norm(deviation) / len(deviation) ** 0.5).clamp_min(1e-6)
+
+    def _write(self, centroids: Tensor, center: Tensor, scale: Tensor, spread: Tensor) -> None:
         """Write a start, unless whoever loaded the parameters wrote them past this module; the flag came along."""
-        fresh = (centroids, center, spread)
-        for held, new in zip((self.centroids, self.center, self.spread), fresh):
+        fresh = (centroids, center, scale, spread)
+        for held, new in zip((self.centroids, self.center, self.scale, self.spread), fresh):
             if held is not None:
                 value = torch.where(self.initialised, held, new)
                 held.copy_(_from_first_process(value) if _is_distributed() else value)
@@ -194,11 +209,12 @@ class Router(nn.Module):
         self,
         centroids: Tensor,  # (K T, F)
         center: Tensor,  # (F,)
+        scale: Tensor,  # (F,)
         spread: Tensor,  # ()
     ) -> None:
         """Start (again) from given centroids, whatever was there."""
         self.initialised.fill_(False)
-        self._write(centroids, center, spread)
+        self._write(centroids, center, scale, spread)
 
     def snapshot(self) -> tuple[dict[str, Tensor], bool]:
         """A copy of the state, for `restore`."""

@@ -64,7 +64,7 @@ def start_router_from(
 ) -> None:
     """Start a router by k-means; "kmeans_balanced" adds the bias that holds the routes to the balanced clusters.
 
-    With the cosine affinity the clusters are those of centred features of unit length.
+    The clusters are those of standardised features; with the cosine affinity, of their directions.
 
     Raises
     ------
@@ -74,14 +74,15 @@ def start_router_from(
     config = router.config
     balanced = config.init_router == "kmeans_balanced"
     features = features.double()
-    center = torch.zeros_like(features[0]) if config.affinity == "paper" else features.mean(0)
-    placed = features - center
+    center, scale = router.standard(features)
+    placed = (features - center) / scale
     if config.affinity == "cosine":
-        placed = torch.nn.functional.normalize(placed, dim=-1)
+        # Only directions count; entries of unit mean square give centroids on which a learning rate is a relative one.
+        placed = torch.nn.functional.normalize(placed, dim=-1) * placed.shape[-1] ** 0.5
     centroids = nested_kmeans(placed.cpu().numpy(), config.k, config.t, balanced=balanced)
     centroids_CF = torch.from_numpy(centroids).to(placed)
     spread = torch.cdist(placed, centroids_CF).amin(-1).square().mean()
-    router.restart(*(value.to(router.centroids) for value in (centroids_CF, center, spread)))
+    router.restart(*(value.to(router.centroids) for value in (centroids_CF, center, scale, spread)))
     if balanced and router.balance_bias is not None:
         bias_K = balancing_bias(router.scores(features.to(router.centroids)))
         router.balance_bias.copy_(bias_K.unsqueeze(-1).expand_as(router.balance_bias))

@@ -1,8 +1,8 @@
 """Files: checking them before a model is touched, and reading those of the paper's published code.
 
 An adapter is PEFT's two files. Keys end in `tucka_experts.{core, expert_factor, input_factor, output_factor,
-shared_core}` and `tucka_router.{centroids, center, spread, initialised, balance_bias}`; a shared factor stands at the
-layer that owns it and nowhere else.
+shared_core}` and `tucka_router.{centroids, center, scale, spread, initialised, balance_bias}`; a shared factor stands
+at the layer that owns it and nowhere else.
 """
 
 from __future__ import annotations
