@@ -104,7 +104,8 @@ def test_a_failing_calibration_leaves_the_model_as_it_was():
 
 def test_what_cannot_be_calibrated():
     model = tucka.apply(build("bert"), tucka.TuckAConfig(r=4, init_router="kaiming"))
-    with pytest.raises(ValueError, match="starts without data: init_router='kaiming' and init_experts='identity' read none"):
+    message = "starts without data: init_router='kaiming' and init_experts='identity' read none"
+    with pytest.raises(ValueError, match=message):
         tucka.initialize(model, [batch_for("bert")])
     with pytest.raises(ValueError, match="calibration yields no batch; the start needs one"):
         tucka.apply(build("bert"), calibration=[])
@@ -119,68 +120,3 @@ def test_each_tower_is_started():
     model = tucka.apply(build("clip"), calibration=[batch])
     routers = [router for layer in tucka.model.layers_of(model) for router in layer.tucka_router.values()]
     assert len(routers) == 2 and all(router.initialised and not router.awaits_start for router in routers)
-
-
-class TestBalancing:
-    """Auxiliary-loss-free balancing: −γ(K−1) for the chosen group, +γ for the others, outside the gates."""
-
-    def model(self, **fields):
-        torch.manual_seed(0)
-        config = tucka.TuckAConfig(r=4, k=3, balance_bias=True, balance_rate=0.5, target_modules=["query"], **fields)
-        return tucka.apply(build("bert"), config, calibration=[batch_for("bert")])
-
-    def test_a_training_forward_moves_the_bias_after_its_choice(self):
-        model = self.model(routing="batch")
-        with tucka.record_routes(model) as routes:
-            model.train()(**batch_for("bert"))
-        expected = torch.full((3, 2), 0.5)
-        expected[routes[0].group[0]] = -1.0
-        assert torch.equal(router_of(model).balance_bias, expected)
-        torch.testing.assert_close(routes[0].gates[0], routes[0].scores[0, routes[0].group[0]])
-
-    def test_the_bias_moves_the_choice_and_not_the_gates(self):
-        model = self.model(routing="batch").eval()
-        batch = batch_for("bert")
-        with torch.no_grad(), tucka.record_routes(model) as routes:
-            model(**batch)
-            other = (int(routes[0].group) + 1) % 3
-            router_of(model).balance_bias[other] = 10
-            model(**batch)
-        assert int(routes[1].group) == other
-        assert torch.equal(routes[1].scores, routes[0].scores)
-        assert torch.equal(routes[1].gates[0], routes[0].scores[0, other])
-
-    def test_samples_count_by_their_share(self):
-        from tucka.balance import bias_step
-
-        step = bias_step(torch.tensor([0, 0, 2, 0]), groups=3, rate=0.1)
-        torch.testing.assert_close(step, 0.1 * (1 - 3 * torch.tensor([0.75, 0.0, 0.25])))
-
-    def test_evaluation_and_recomputation_do_not_count(self):
-        model = self.model()
-        with torch.no_grad():
-            model.train()(**batch_for("bert"))
-        model.eval()(**batch_for("bert"))
-        assert not router_of(model).balance_bias.any()
-        once = self.model().train()
-        once.gradient_checkpointing_enable({"use_reentrant": False})
-        once(**batch_for("bert")).loss.backward()
-        reference = self.model().train()
-        reference(**batch_for("bert")).loss.backward()
-        assert torch.equal(router_of(once).balance_bias, router_of(reference).balance_bias)
-        assert router_of(once).balance_bias.any()
-
-    def test_it_spreads_a_router_that_had_collapsed(self):
-        model, batch = self.model().train(), batch_for("bert")
-        with tucka.record_routes(model) as routes:
-            for _ in range(12):
-                model(**batch)
-        assert len({int(group) for route in routes for group in route.group}) == 3
-
-    def test_the_bias_is_saved(self, tmp_path):
-        model = self.model().train()
-        model(**batch_for("bert"))
-        model.save_pretrained(tmp_path)
-        again = PeftModel.from_pretrained(build("bert"), tmp_path)
-        assert router_of(model).balance_bias.any()
-        assert torch.equal(router_of(again).balance_bias, router_of(model).balance_bias)

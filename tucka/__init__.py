@@ -7,11 +7,15 @@ method with Hugging Face PEFT as peft_type ``TUCKA``.
 
 from importlib.metadata import version
 
+from . import balance
+from .balance import record_loads
 from .config import TuckAConfig
 from .initialization import initialize
 from .model import TuckAModel
+from .optim import hold_unselected, param_groups
 from .recording import pin_route, record_routes
 from .registration import register
+from .revival import revive
 from .routing import Route
 
 register(TuckAConfig, TuckAModel)
@@ -20,4 +24,17 @@ from .apply import apply  # noqa: E402  (last, so that `tucka.apply` is the func
 
 __version__ = version("tucka")
 
-__all__ = ["Route", "TuckAConfig", "__version__", "apply", "initialize", "pin_route", "record_routes"]
+__all__ = [
+    "Route",
+    "TuckAConfig",
+    "__version__",
+    "apply",
+    "balance",
+    "hold_unselected",
+    "initialize",
+    "param_groups",
+    "pin_route",
+    "record_loads",
+    "record_routes",
+    "revive",
+]

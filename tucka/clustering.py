@@ -34,8 +34,9 @@ def nested_kmeans(
             "give more samples than that"
         )
     labels = (_balanced_labels if balanced else _labels)(features, groups)
-    found = [_inner_centroids(features[labels == group], experts) for group in range(groups)]
-    return np.concatenate(found)
+    members = [features[labels == group] for group in range(groups)]
+    # Features with fewer distinct values than groups leave groups empty: all features stand for theirs.
+    return np.concatenate([_inner_centroids(found if len(found) else features, experts) for found in members])
 
 
 def _labels(features: np.ndarray, clusters: int) -> np.ndarray:  # (N,)

@@ -23,6 +23,9 @@ from .moments import FORMED_LIMIT, FormedMoments, GaussianTests, Moments, Sketch
 from .routing import Router
 from .starts import DATA_STARTS, start_experts_from, start_router_from
 
+CHUNK = 2048
+"""Rows that are added at once: copies in float32 of wide activations stay small."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -220,7 +223,9 @@ class MomentCollector:
         else:
             weight_B = weight_B / rows.sample[rows.keep].bincount(minlength=samples).clamp_min(1)
         sample = rows.sample[rows.keep]
-        self.moments[layer].add(x[rows.keep], z[rows.keep], cluster_B[sample], weight_B[sample])
+        parts = (x[rows.keep], z[rows.keep], cluster_B[sample], weight_B[sample])
+        for chunk in zip(*(part.split(CHUNK) for part in parts)):
+            self.moments[layer].add(*chunk)
 
     def next_batch(self) -> None:
         """Go on to the next batch."""

@@ -180,7 +180,7 @@ class Router(nn.Module):
             # Units may be fewer than centroids: a little noise tells their copies apart.
             centroids = (feature[chosen] - center) / scale + 0.1 * torch.randn_like(self.centroids)
         distances_NC = torch.cdist((feature - center) / scale, centroids)
-        self._write(centroids, center, scale, distances_NC.amin(-1).square().mean().clamp_min(1e-3))
+        self._write(centroids, center, scale, distances_NC.amin(-1).square().mean())
 
     def standard(
         self,
@@ -196,7 +196,8 @@ class Router(nn.Module):
 
     def _write(self, centroids: Tensor, center: Tensor, scale: Tensor, spread: Tensor) -> None:
         """Write a start, unless whoever loaded the parameters wrote them past this module; the flag came along."""
-        fresh = (centroids, center, scale, spread)
+        # Features that all are centroids have no spread, and the affinity divides by it.
+        fresh = (centroids, center, scale, spread.clamp_min(1e-3))
         for held, new in zip((self.centroids, self.center, self.scale, self.spread), fresh):
             if held is not None:
                 value = torch.where(self.initialised, held, new)
