@@ -6,14 +6,17 @@ feature (see `tucka.ops`).
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, Optional
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .dispatch import Dispatcher
@@ -41,9 +44,12 @@ class _Enough(Exception):
 
 @contextmanager
 def as_found(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without trainable parameters; modes, flags and random state are put back."""
+    """Evaluation mode without trainable parameters or a cache; modes, flags and random state are put back."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # A block that is recomputed would add to a cache a second time.
+    caching = [m.config for m in model.modules() if isinstance(m, PreTrainedModel) and vars(m.config).get("use_cache")]
+    drawn = random.getstate(), np.random.get_state()  # a loader may draw, and so does a first import of scikit-learn
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     model.eval()
     for module in model.modules():
@@ -52,6 +58,8 @@ def as_found(model: nn.Module) -> Iterator[None]:
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(False)
+        for config in caching:
+            config.use_cache = False
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
@@ -59,6 +67,10 @@ def as_found(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
         for module, training in modes:
             module.training = training
+        for config in caching:
+            config.use_cache = True
+        random.setstate(drawn[0])
+        np.random.set_state(drawn[1])
 
 
 @contextmanager
@@ -80,10 +92,12 @@ def run_batch(model: nn.Module, batch: Any, device: torch.device) -> Any:
 
 def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device)
+        return value.detach().to(device)
     if isinstance(value, Mapping):
         return {key: _to(item, device) for key, item in value.items()}
-    return type(value)(_to(item, device) for item in value) if isinstance(value, (tuple, list)) else value
+    if isinstance(value, (tuple, list)):
+        return (list if isinstance(value, list) else tuple)(_to(item, device) for item in value)
+    return value
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -22,7 +22,7 @@ CHOICES = {
     "trainable": ("all", "core"),
     "init_router": ("perturb", "kaiming", "kmeans", "kmeans_balanced"),
     "init_experts": ("identity", "kaiming", "hosvd", "gradient"),
-    "normalize": (False, True, "factors"),
+    "normalize": (False, True, "bounded"),
     "bias": ("none", "all", "tucka_only"),
 }
 """Every option with a closed list of values, and the list."""
@@ -71,10 +71,11 @@ class TuckAConfig(PeftConfig):
     pooling : {"mean", "mean_std"}
         What of the router layer's input makes the feature: its mean, or mean and standard deviation, over unpadded
         tokens.
-    normalize : {False, True, "factors"}
-        True: divide cores, expert factor and D-mode factors by their Frobenius norms, as the paper does. "factors":
-        D-mode factors act as U √R / ‖U‖, so that orthonormal ones act as they are and none can grow; they are stored
-        with entries of unit mean square, on which a learning rate is a relative one.
+    normalize : {False, True, "bounded"}
+        True: divide cores, expert factor and D-mode factors by their Frobenius norms, as the paper does. "bounded":
+        U acts as U √R / ‖U‖ (V and C alike), so that one with orthonormal columns acts as it is, and a core 𝒢 as
+        𝒢 / √(1 + ‖𝒢‖²), which is 𝒢 near zero: the identity start is kept, and no learning rate can make an update
+        larger than 2α.
     form : {"multiplicative", "additive"}
         Update the layer's input, x' = x + α U Mᵀ Uᵀ x, or add to its output, y = W x + α V Mᵀ Uᵀ x.
     tie_factors : bool
@@ -133,7 +134,7 @@ class TuckAConfig(PeftConfig):
     affinity: str = _help("How a feature is scored against centroids: 'paper', 'cosine' or 'distance'.", "paper")
     temperature: float = _help("Temperature of the cosine and distance affinities.", 0.1)
     pooling: str = _help("Routing feature: 'mean' or 'mean_std' over unpadded tokens.", "mean_std")
-    normalize: Union[bool, str] = _help("Divide all parameters, none, or the D-mode 'factors' by their norms.", False)
+    normalize: Union[bool, str] = _help("Divide parameters by their norms: True, False or 'bounded'.", False)
     form: str = _help("'multiplicative' (on the input) or 'additive' (to the output).", "multiplicative")
     tie_factors: bool = _help("Both D-modes share U (multiplicative form).", True)
     share_factors: bool = _help("Layers of one kind and width share their factors.", False)

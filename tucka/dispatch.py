@@ -168,6 +168,8 @@ class Dispatcher:
         """Pool a layer's input, (..., D), into the routing features of its units, (N, F)."""
         pool_padding = router.config.pool_padding
         units, keep = as_units(x, inputs, layer_name, per_sample=per_sample, pool_padding=pool_padding)
+        if per_sample and not router.per_sample:  # samples of this process, looked at one by one
+            return router.feature(units, keep, alone=True)
         return router.feature(units, keep)
 
     # --- contexts ------------------------------------------------------------------------------------------------

@@ -180,7 +180,10 @@ def _loss_of(output: Any, batch: Any, loss: Loss | None) -> Tensor:
             "loss=function(output, batch)"
         )
     if not value.requires_grad:
-        raise ValueError("the loss does not depend on any adapted layer")
+        raise ValueError(
+            "the loss does not depend on any adapted layer (with reentrant checkpointing, call "
+            "enable_input_require_grads() first)"
+        )
     return value
 
 

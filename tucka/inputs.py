@@ -28,6 +28,8 @@ class Inputs(NamedTuple):
     mask: Any = None  # as given: (B, S), or an attention mask of more dimensions
     cache: Optional[Cache] = None
     encoder_outputs: Any = None
+    context: Optional[Tensor] = None  # what cross-attention reads
+    context_mask: Any = None
     output_lengths: Optional[Callable] = None  # of a model that shortens its input: lengths in, lengths of tokens out
 
 
@@ -49,6 +51,8 @@ def read_inputs(
         arguments.get("attention_mask"),
         cache if isinstance(cache, Cache) else None,
         arguments.get("encoder_outputs"),
+        arguments.get("encoder_hidden_states"),
+        arguments.get("encoder_attention_mask"),
         getattr(module, "_get_feat_extract_output_lengths", None),  # transformers' name in its speech models
     )
 

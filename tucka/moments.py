@@ -95,7 +95,7 @@ class SketchedMoments:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.columns = min(2 * rank + 16, d, o)
+        self.columns = 2 * rank + 16
         self.tests = tests
         wide = 2 * self.columns + 1
         self.input_range = torch.zeros(d, self.columns, device=device, dtype=dtype)

@@ -121,9 +121,11 @@ class Router(nn.Module):
         self,
         x: Tensor,  # (N, S, D)
         keep: Tensor | None,  # (N, S)
+        alone: bool = False,
     ) -> Tensor:  # (N, F)
-        """Pool the router layer's input in the centroids' precision."""
-        reduce = _sum_over_processes if self.config.sync_route and _is_distributed() else _this_process
+        """Pool the router layer's input in the centroids' precision; `alone`: whatever other processes hold."""
+        synchronised = self.config.sync_route and not alone and _is_distributed()
+        reduce = _sum_over_processes if synchronised else _this_process
         with _no_autocast(x):
             keep = None if self.config.pool_padding else keep
             return ops.pool(x.to(self.centroids.dtype), keep, self.config.pooling, reduce)

@@ -28,6 +28,9 @@ EXPERT_STARTS: dict[str, Callable[[ExpertTensor], ExpertTensor]] = {
 DATA_STARTS = {"hosvd": 1.0, "gradient": -1.0}
 """Starts from a tensor of the data, and the sign of a warm start: against the gradient."""
 
+CENTROID_ENTRY = 10.0
+"""Root mean square of the entries of a direction that centroids are made of."""
+
 
 def start_experts(experts: ExpertTensor, config: TuckAConfig) -> None:
     """Fill new experts as the configuration says."""
@@ -51,7 +54,9 @@ def start_experts_from(experts: ExpertTensor, found: Decomposition, config: Tuck
         core = found.core * scale
         if experts.shared_core is not None:
             shared = slices_KTRR.mean((0, 1)) * scale
-            core = core - torch.einsum("tp,qr->pqr", found.expert_factor, shared)
+            # The combination of the expert factor's columns that gives every expert the same, as nearly as they can.
+            weights_P = torch.linalg.pinv(found.expert_factor).sum(-1)
+            core = core - torch.einsum("p,qr->pqr", weights_P, shared)
     if shared is None and experts.shared_core is not None:
         shared = torch.zeros_like(experts.shared_core)
     experts.write_(core, found.expert_factor, found.input_factor, found.output_factor, shared)
@@ -77,8 +82,9 @@ def start_router_from(
     center, scale = router.standard(features)
     placed = (features - center) / scale
     if config.affinity == "cosine":
-        # Only directions count; entries of unit mean square give centroids on which a learning rate is a relative one.
-        placed = torch.nn.functional.normalize(placed, dim=-1) * placed.shape[-1] ** 0.5
+        # Only directions count. The length sets how fast an optimiser turns centroids: routes that move faster than
+        # the experts behind them can follow were seen to cost accuracy at high learning rates.
+        placed = torch.nn.functional.normalize(placed, dim=-1) * CENTROID_ENTRY * placed.shape[-1] ** 0.5
     centroids = nested_kmeans(placed.cpu().numpy(), config.k, config.t, balanced=balanced)
     centroids_CF = torch.from_numpy(centroids).to(placed)
     spread = torch.cdist(placed, centroids_CF).amin(-1).square().mean()

@@ -35,9 +35,9 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
     shared_core : Parameter, (R, R), optional
     factors_of : ExpertTensor, optional
         Take the D-mode factors of that tensor instead of own ones.
-    normalize : {False, True, "factors"}
-        True: the cores of a group, C, U, V and the shared slice act divided by their Frobenius norms. "factors": U and
-        V act as U √R / ‖U‖, and are stored with entries of unit mean square.
+    normalize : {False, True, "bounded"}
+        True: the cores of a group, C, U, V and the shared slice act divided by their Frobenius norms. "bounded": U and
+        V act as U √R / ‖U‖, C as C √P / ‖C‖, and a core 𝒢 (of a group, or shared) as 𝒢 / √(1 + ‖𝒢‖²).
     hold_factors : bool
         The D-mode factors are buffers, never trained.
     """
@@ -133,10 +133,8 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
     @property
     def factors(self) -> list[Tensor]:
         """(I_K, C, U, V) as they act, so divided by their norms with `normalize`."""
-        eye, expert_factor, input_mode, output_mode = self._raw_factors()
-        if self.normalize is True:
-            expert_factor = expert_factor / ops.safe_norm(expert_factor)
-        return [eye, expert_factor, input_mode / self._norm(input_mode), output_mode / self._norm(output_mode)]
+        eye, *factors = self._raw_factors()
+        return [eye, *(factor / self._norm(factor) for factor in factors)]
 
     @property
     def decomposition(self) -> tuple[Tensor, list[Tensor]]:
@@ -160,8 +158,8 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         mix = self._acting_shared_core()
         if group is not None and gates is not None:
             routed = ops.mix_experts(self._acting_core(), self.expert_factor, group, gates)
-            if self.normalize is True:
-                routed = routed / ops.safe_norm(self.expert_factor)
+            if self.normalize:
+                routed = routed / self._norm(self.expert_factor)
             mix = routed if mix is None else routed + mix
         elif mix is None:
             mix = self.core.new_zeros(self.core.shape[-2:])
@@ -176,7 +174,6 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
             nn.init.zeros_(self.shared_core)
         for factor in self._own_factors():
             nn.init.orthogonal_(factor)
-        self._rescale_factors_()
         return self
 
     @torch.no_grad()
@@ -189,12 +186,13 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         shared_core: Tensor | None,  # (R, R)
     ) -> ExpertTensor:
         """Copy parts that act as given into the parameters, so that an optimiser built before keeps them."""
-        parts = (core, expert_factor, input_factor, output_factor, shared_core)
+        if shared_core is not None:
+            shared_core = self._unscaled(shared_core, (0, 1))
+        parts = (self._unscaled(core, (1, 2, 3)), expert_factor, input_factor, output_factor, shared_core)
         own = (self.core, self.expert_factor, self.input_factor, self.output_factor, self.shared_core)
         for parameter, part in zip(own, parts):
             if parameter is not None and part is not None:
                 parameter.copy_(part)
-        self._rescale_factors_()
         return self
 
     def kaiming_(self) -> ExpertTensor:
@@ -206,7 +204,6 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
                 self.shared_core.copy_(start)
         for factor in self._own_factors():
             nn.init.kaiming_uniform_(factor, a=5**0.5, mode="fan_out")
-        self._rescale_factors_()
         return self
 
     def normal_(self, mean: float = 0, std: float = 1) -> ExpertTensor:
@@ -217,23 +214,14 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         terms = self.rank[1] * self.rank[2] * self.rank[3]
         for parameter in parameters:
             nn.init.normal_(parameter, std=(std / terms**0.5) ** 0.25)
-        self._rescale_factors_()
         return self
 
     def __getitem__(self, indices: Any) -> Tensor:
         """Index the formed tensor; experts are mixed in factored form by `mix`, not by indexing."""
         return self.to_tensor()[indices]
 
-    @torch.no_grad()
-    def _rescale_factors_(self) -> None:
-        """With `normalize="factors"` the stored scale is free: entries of unit mean square."""
-        if self.normalize == "factors":
-            for factor in (self.input_factor, self.output_factor):
-                if factor is not None:
-                    factor.mul_(factor.numel() ** 0.5 / ops.safe_norm(factor))
-
     def _norm(self, factor: Tensor) -> Tensor | float:
-        """What a D-mode factor is divided by when it acts."""
+        """What a factor is divided by when it acts; 1 for one with orthonormal columns that is "bounded"."""
         if not self.normalize:
             return 1.0
         norm = ops.safe_norm(factor)
@@ -248,11 +236,21 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         return [eye, self.expert_factor, self.input_mode, self.output_mode]
 
     def _acting_core(self) -> Tensor:
-        if self.normalize is not True:
-            return self.core
-        return self.core / ops.safe_norm(self.core, dim=(1, 2, 3), keepdim=True)
+        return self._scaled(self.core, (1, 2, 3))
 
     def _acting_shared_core(self) -> Tensor | None:
-        if self.shared_core is None or self.normalize is not True:
-            return self.shared_core
-        return self.shared_core / ops.safe_norm(self.shared_core)
+        return None if self.shared_core is None else self._scaled(self.shared_core, (0, 1))
+
+    def _scaled(self, core: Tensor, dim: tuple[int, ...]) -> Tensor:
+        """A core as it acts, given the modes of one group's part of it."""
+        if not self.normalize:
+            return core
+        if self.normalize is True:
+            return core / ops.safe_norm(core, dim=dim, keepdim=True)
+        return core * (1 + core.square().sum(dim, keepdim=True)).rsqrt()
+
+    def _unscaled(self, core: Tensor, dim: tuple[int, ...]) -> Tensor:
+        """The core that acts as this one; with "bounded", one whose norm is below 1."""
+        if self.normalize != "bounded":
+            return core
+        return core * (1 - core.square().sum(dim, keepdim=True)).clamp_min(1e-2).rsqrt()

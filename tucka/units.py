@@ -61,9 +61,12 @@ def samples_of_rows(
 ) -> tuple[Tensor, Tensor]:  # (rows,) integer, (rows,) bool
     """The sample every row belongs to, and whether the row counts: padding does not.
 
-    A layer that reads another sequence than the one the mask is for (cross-attention) has no padding to be told of.
+    A layer of cross-attention that reads the encoder's output goes by the encoder's mask; one that reads any other
+    sequence than the one the mask is for has no padding to be told of.
     """
     check_rows(x, inputs, layer_name)
+    if isinstance(inputs.context, Tensor) and inputs.context.data_ptr() == x.data_ptr():
+        inputs = inputs._replace(mask=inputs.context_mask)
     samples = inputs.samples or 0
     rows = x.shape[:-1].numel()
     tokens = rows // max(samples, 1)
