@@ -19,6 +19,10 @@ from . import ops
 from ._tltorch import TuckerTensor
 from .hosvd import hosvd
 
+FACTOR_ENTRY = 0.25
+"""Root mean square of the entries of a bounded factor at its start: it sets how fast an optimiser that moves every entry
+by its learning rate (Adam) turns the factor, whatever the width."""
+
 
 class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg]
     """A `tltorch.TuckerTensor` whose group mode is fixed to the identity and whose D-modes may be one.
@@ -37,7 +41,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         Take the D-mode factors of that tensor instead of own ones.
     normalize : {False, True, "bounded"}
         True: the cores of a group, C, U, V and the shared slice act divided by their Frobenius norms. "bounded": U and
-        V act as U √R / ‖U‖, C as C √P / ‖C‖, and a core 𝒢 (of a group, or shared) as 𝒢 / √(1 + ‖𝒢‖²).
+        V act as U √R / ‖U‖, C as C √P / ‖C‖, and a core 𝒢 (of a group, or shared) as 𝒢 / √(1 + ‖𝒢‖²/R).
     hold_factors : bool
         The D-mode factors are buffers, never trained.
     """
@@ -174,7 +178,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
             nn.init.zeros_(self.shared_core)
         for factor in self._own_factors():
             nn.init.orthogonal_(factor)
-        return self
+        return self._rescale_factors_()
 
     @torch.no_grad()
     def write_(
@@ -193,7 +197,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         for parameter, part in zip(own, parts):
             if parameter is not None and part is not None:
                 parameter.copy_(part)
-        return self
+        return self._rescale_factors_()
 
     def kaiming_(self) -> ExpertTensor:
         """The paper's start: all core slices one Kaiming-uniform(a=√5) matrix, factors the same with fan_out."""
@@ -204,7 +208,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
                 self.shared_core.copy_(start)
         for factor in self._own_factors():
             nn.init.kaiming_uniform_(factor, a=5**0.5, mode="fan_out")
-        return self
+        return self._rescale_factors_()
 
     def normal_(self, mean: float = 0, std: float = 1) -> ExpertTensor:
         """Random parameters under which an entry of the formed tensor has that standard deviation."""
@@ -214,11 +218,19 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         terms = self.rank[1] * self.rank[2] * self.rank[3]
         for parameter in parameters:
             nn.init.normal_(parameter, std=(std / terms**0.5) ** 0.25)
-        return self
+        return self._rescale_factors_()
 
     def __getitem__(self, indices: Any) -> Tensor:
         """Index the formed tensor; experts are mixed in factored form by `mix`, not by indexing."""
         return self.to_tensor()[indices]
+
+    @torch.no_grad()
+    def _rescale_factors_(self) -> ExpertTensor:
+        """Factors that act divided by their norms may be stored at any scale."""
+        if self.normalize == "bounded":
+            for factor in self._own_factors():
+                factor.mul_(FACTOR_ENTRY * factor.numel() ** 0.5 / ops.safe_norm(factor))
+        return self
 
     def _norm(self, factor: Tensor) -> Tensor | float:
         """What a factor is divided by when it acts; 1 for one with orthonormal columns that is "bounded"."""
@@ -247,10 +259,10 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
             return core
         if self.normalize is True:
             return core / ops.safe_norm(core, dim=dim, keepdim=True)
-        return core * (1 + core.square().sum(dim, keepdim=True)).rsqrt()
+        return core * (1 + core.square().sum(dim, keepdim=True) / core.shape[-1]).rsqrt()
 
     def _unscaled(self, core: Tensor, dim: tuple[int, ...]) -> Tensor:
-        """The core that acts as this one; with "bounded", one whose norm is below 1."""
+        """The core that acts as this one; with "bounded", one whose norm is below √R."""
         if self.normalize != "bounded":
             return core
-        return core * (1 - core.square().sum(dim, keepdim=True)).clamp_min(1e-2).rsqrt()
+        return core * (1 - core.square().sum(dim, keepdim=True) / core.shape[-1]).clamp_min(1e-2).rsqrt()
