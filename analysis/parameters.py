@@ -25,6 +25,8 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from tucka.plan import place_at_depth
+
 if TYPE_CHECKING:
     from tucka import TuckAConfig
 
@@ -260,12 +262,18 @@ def count(shapes: Iterable[LayerShape], method: str, **hyper: Any) -> ParameterC
     config = hyper["config"]
     for shape in _layers_borrowing_factors(shapes, config):
         layers[shape.name] -= tucka_factors(shape, config)
+    if config.router_depth:
+        for shape in shapes:
+            if shape.name in place_at_depth(config.router_depth, list(layers)).unrouted:
+                layers[shape.name] -= tucka_core(shape, config) - (tucka_rank(shape, config) ** 2 + 1)
     return ParameterCount(method, layers, once=tucka_router(_router_layer(shapes, config), config))
 
 
 def _router_layer(shapes: Sequence[LayerShape], config: TuckAConfig) -> LayerShape:
-    """Return the layer whose input feeds the router: the one named, or the first of the model."""
+    """Return the layer whose input feeds the router: the one named, the first of its block, or the first of all."""
     name = config.router_module
+    if config.router_depth:
+        name = place_at_depth(config.router_depth, [shape.name for shape in shapes]).owner
     if name is None:
         return shapes[0]
     named = [shape for shape in shapes if shape.name == name]

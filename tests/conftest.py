@@ -14,6 +14,11 @@ tf.logging.set_verbosity_error()
 torch.set_num_threads(1)  # the models are tiny, and the tests run in parallel
 
 EOS, VOCABULARY = 2, 50
+PLAIN = dict(
+    r=8, k=4, t=2, p=2, alpha=4.0, affinity="paper", normalize=False, form="multiplicative", share_factors=False,
+    init_router="perturb", init_experts="identity",
+)  # fmt: skip
+"""Settings of tests that are about something else: the simplest of each, whatever the library's defaults are."""
 NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
 
@@ -114,6 +119,56 @@ def batch_for(name, samples=3, dtype=torch.float32, **options):
     return batch
 
 
+def batches_for(name, samples=12, size=5, dtype=torch.float32, **options):
+    """A loader's batches: different samples, the last batch smaller; every third text is padded."""
+    batch = batch_for(name, samples, dtype=dtype, **{"padded": False, **options})
+    if "attention_mask" in batch and not options:
+        batch["attention_mask"][::3, 5:] = 0
+    return [
+        {key: value[start : start + size] if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+        for start in range(0, samples, size)
+    ]
+
+
+PLAIN = dict(
+    t=2, p=2, alpha=4.0, routing="sample", affinity="paper", pooling="mean_std", normalize=False, form="multiplicative",
+    share_factors=False, shared_expert=True, trainable="all", init_router="perturb", init_experts="identity",
+)  # fmt: skip
+"""Options that tests of one of them hold fixed, whatever the defaults are."""
+
+
+def unstarted(name="bert", dtype=torch.float32, **fields):
+    """A tiny model that waits for its calibration; the same seed every time."""
+    torch.manual_seed(0)
+    defaults = {**PLAIN, "r": 4, "k": 2, "init_router": "kmeans", "init_experts": "hosvd"}
+    return tucka.apply(build(name).to(dtype), plain_config(**{**defaults, **fields}))
+
+
+def started(name="bert", batches=None, dtype=torch.float32, loss=None, **fields):
+    """A tiny model after its calibration."""
+    model = unstarted(name, dtype, **fields)
+    batches = batches_for(name, dtype=dtype) if batches is None else batches
+    tucka.initialize(model, batches, loss=loss, progress=False)
+    return model.eval()
+
+
+def adapter_state(model):
+    """A copy of all that an adapter holds."""
+    return {key: value.clone() for key, value in model.state_dict().items() if ".tucka_" in key}
+
+
+def assert_same_state(found, expected, tolerance=0.0):
+    """The same keys, and the same tensors: bit for bit, or within an absolute tolerance."""
+    assert expected and found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=tolerance, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def router_of(model):
+    """The first router of a model."""
+    return next(router for layer in tucka.model.layers_of(model) for router in layer.tucka_router.values())
+
+
 def first_output(output):
     """The tensor to compare: logits, or a two-tower model's similarities."""
     return output.logits_per_text if "logits_per_text" in output else output.logits
@@ -129,9 +184,14 @@ def randomise(model, scale=0.3, seed=1):
     return model
 
 
+def plain_config(**fields):
+    """A configuration of the simplest settings, and those given."""
+    return tucka.TuckAConfig(**{**PLAIN, **fields})
+
+
 def adapted(name, dtype=torch.float32, calibrate=True, **fields):
     """A tiny model with a randomised adapter."""
-    config = tucka.TuckAConfig(**{"r": 4, "k": 3, **fields})
+    config = plain_config(**{"r": 4, "k": 3, **fields})
     batch = batch_for(name, dtype=dtype)
     return randomise(tucka.apply(build(name, dtype), config, calibration=[batch] if calibrate else None))
 

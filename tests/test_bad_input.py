@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import adapted, batch_for, build
+from conftest import adapted, batch_for, build, plain_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
@@ -55,18 +55,18 @@ def assert_untouched(model, before):
 def test_a_configuration_that_does_not_fit_changes_nothing(fields, message):
     model = build("bert")
     before = snapshot(model)
-    config = tucka.TuckAConfig(**{"r": 4, "target_modules": ["query", "value"], **fields})
+    config = plain_config(**{"r": 4, "target_modules": ["query", "value"], **fields})
     with pytest.raises(ValueError, match=message):
         get_peft_model(model, config)
     assert_untouched(model, before)
-    tucka.apply(model, tucka.TuckAConfig(r=4, target_modules=["query"]))(**batch_for("bert"))
+    tucka.apply(model, plain_config(r=4, target_modules=["query"]))(**batch_for("bert"))
 
 
 def test_a_second_adapter_that_does_not_fit_changes_nothing():
     model = adapted("bert", target_modules=["query"])
     before, names = snapshot(model), list(model.peft_config)
     with pytest.raises(ValueError, match="rank r=99 exceeds in_features=32"):
-        model.add_adapter("second", tucka.TuckAConfig(r=99, target_modules=["query", "value"]))
+        model.add_adapter("second", plain_config(r=99, target_modules=["query", "value"]))
     assert_untouched(model, before)
     assert list(model.peft_config) == names
 
@@ -75,12 +75,12 @@ def test_attention_that_reads_its_projection_unseen_is_refused():
     """`nn.MultiheadAttention` never calls its output projection, so adapting it would silently do nothing."""
     model = nn.Sequential(nn.MultiheadAttention(8, 2))
     with pytest.raises(ValueError, match=r"target module '0.out_proj' is a NonDynamicallyQuantizableLinear; supported"):
-        get_peft_model(model, tucka.TuckAConfig(r=2, target_modules=["out_proj"]))
+        get_peft_model(model, plain_config(r=2, target_modules=["out_proj"]))
 
 
 def test_an_unknown_architecture_needs_targets():
     with pytest.raises(ValueError, match="Please specify `target_modules`"):
-        get_peft_model(nn.Sequential(nn.Linear(4, 4)), tucka.TuckAConfig(r=2))
+        get_peft_model(nn.Sequential(nn.Linear(4, 4)), plain_config(r=2))
     assert tucka.apply(nn.Sequential(nn.Linear(4, 4)))(torch.randn(2, 4)).shape == (2, 4)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import adapted, batch_for, build, text_batch
+from conftest import adapted, batch_for, build, plain_config, text_batch
 from peft import PeftModel
 from test_device_sync import Watch, layer_step, no_host_copies  # noqa: F401
 from torch import distributed, nn
@@ -147,7 +147,7 @@ class TestMeter:
     @pytest.mark.parametrize("routing", ["sample", "batch"])
     def test_counting_waits_for_nothing(self, routing, no_host_copies):  # noqa: F811
         base = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
-        config = tucka.TuckAConfig(r=3, target_modules=["0", "1"], routing=routing, init_router="kaiming")
+        config = plain_config(r=3, target_modules=["0", "1"], routing=routing, init_router="kaiming")
         model = tucka.apply(base, config).train()
         x = torch.randn(3, 5, 6)
         with record_loads(model) as loads, Watch() as watch:
@@ -201,7 +201,7 @@ class TestBalancing:
 
     def model(self, **fields):
         torch.manual_seed(0)
-        config = tucka.TuckAConfig(r=4, k=3, balance_bias=True, balance_rate=0.5, target_modules=["query"], **fields)
+        config = plain_config(r=4, k=3, balance_bias=True, balance_rate=0.5, target_modules=["query"], **fields)
         return tucka.apply(build("bert"), config, calibration=[batch_for("bert")])
 
     def test_a_training_forward_moves_the_bias_after_its_choice(self):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import plain_config
 from torch import nn
 
 import tucka
@@ -64,7 +65,7 @@ def test_quantised_linears(kind, form):
     quantised = kind(nn.Linear(16, 12))
     x = torch.randn(3, 5, 16, requires_grad=True)
     expected = quantised(x)
-    config = tucka.TuckAConfig(r=4, target_modules=["0"], form=form)
+    config = plain_config(r=4, target_modules=["0"], form=form)
     model = tucka.apply(nn.Sequential(quantised), config)
     assert torch.equal(model(x), expected)
     layer = tucka.model.layers_of(model)[0]
@@ -79,7 +80,7 @@ def test_adapter_precision(dtype):
     """Single precision at least, whatever the base; the base's own where it is asked for."""
     from peft import get_peft_model
 
-    config = tucka.TuckAConfig(r=4, target_modules=["0"])
+    config = plain_config(r=4, target_modules=["0"])
     x = torch.randn(3, 16).to(dtype)
     for keep, expected in ((False, torch.promote_types(dtype, torch.float32)), (True, dtype)):
         base = nn.Sequential(nn.Linear(16, 12).to(dtype))
@@ -91,7 +92,7 @@ def test_adapter_precision(dtype):
 
 def test_autocast_keeps_adapter_weights_and_routes_in_single_precision():
     base = nn.Sequential(nn.Linear(16, 12))
-    model = tucka.apply(base, tucka.TuckAConfig(r=4, target_modules=["0"], init_experts="kaiming"))
+    model = tucka.apply(base, plain_config(r=4, target_modules=["0"], init_experts="kaiming"))
     x = torch.randn(3, 5, 16)
     with tucka.record_routes(model) as routes:
         model(x)

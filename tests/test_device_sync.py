@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers as tf
-from conftest import adapted, batch_for, text_batch
+from conftest import adapted, batch_for, plain_config, text_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tucka
@@ -52,9 +52,7 @@ def layer_step(model, x):
 def test_forward_and_backward_wait_for_nothing(routing, balance, no_host_copies):
     """The adapted layers alone, so that whatever the base model does is not counted."""
     base = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 4))
-    config = tucka.TuckAConfig(
-        r=3, target_modules=["0", "1"], routing=routing, balance_bias=balance, init_router="kaiming"
-    )
+    config = plain_config(r=3, target_modules=["0", "1"], routing=routing, balance_bias=balance, init_router="kaiming")
     model = tucka.apply(base, config).train()
     x = torch.randn(3, 5, 6)
     with Watch() as watch:

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import randomise
+from conftest import plain_config, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -34,7 +34,7 @@ def one_layer(base=None, width=6, outputs=5, **fields):
     model = nn.Sequential(base or nn.Linear(width, outputs)).double()
     torch.manual_seed(7)
     fields = {"r": 3, "init_experts": "kaiming", "init_router": "kaiming", "target_modules": ["0"], **fields}
-    return randomise(tucka.apply(model, tucka.TuckAConfig(**fields)))
+    return randomise(tucka.apply(model, plain_config(**fields)))
 
 
 def unit(tensor):
@@ -179,7 +179,7 @@ def test_identity_start_is_exact_and_learns():
     base = nn.Linear(6, 5)
     x = torch.randn(3, 4, 6)
     for fields in (dict(), dict(form="additive"), dict(tie_factors=False)):
-        model = tucka.apply(nn.Sequential(base), tucka.TuckAConfig(r=3, target_modules=["0"], **fields))
+        model = tucka.apply(nn.Sequential(base), plain_config(r=3, target_modules=["0"], **fields))
         output = model(x)
         assert torch.equal(output, base(x))
         output.square().sum().backward()
@@ -191,7 +191,7 @@ def test_identity_start_is_exact_and_learns():
 def test_zero_cores_zero_features_and_low_precision_give_no_nan(normalize):
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         model = nn.Sequential(nn.Linear(6, 5)).to(dtype)
-        config = tucka.TuckAConfig(r=3, target_modules=["0"], normalize=normalize, init_experts="kaiming")
+        config = plain_config(r=3, target_modules=["0"], normalize=normalize, init_experts="kaiming")
         model = tucka.apply(model, config)
         experts = tucka.model.layers_of(model)[0].tucka_experts["default"]
         with torch.no_grad():

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as tf
 from accelerate import Accelerator
-from conftest import adapted, batch_for, build
+from conftest import adapted, batch_for, build, plain_config
 from peft import LoraConfig, get_peft_model
 from test_device_sync import Watch
 
@@ -267,7 +267,7 @@ class TestParamGroups:
         ids=str,
     )
     def test_every_trainable_parameter_once(self, fields):
-        model = tucka.apply(build("bert"), tucka.TuckAConfig(r=4, **fields))
+        model = tucka.apply(build("bert"), plain_config(r=4, **fields))
         groups = param_groups(model, 0.1)
         self.expect_each_once(model, groups)
         by_name = {group["name"]: group["parameter_names"] for group in groups}
@@ -278,11 +278,11 @@ class TestParamGroups:
         assert all("tucka_" not in name for name in by_name.get("other", []))
 
     def test_towers(self):
-        model = tucka.apply(build("clip"), tucka.TuckAConfig(r=4, target_modules="all-linear"))
+        model = tucka.apply(build("clip"), plain_config(r=4, target_modules="all-linear"))
         self.expect_each_once(model, param_groups(model, 0.1))
 
     def test_rates_and_decay(self):
-        model = tucka.apply(build("bert"), tucka.TuckAConfig(r=4, task_type="SEQ_CLS"))
+        model = tucka.apply(build("bert"), plain_config(r=4, task_type="SEQ_CLS"))
 
         def settings(**options):
             groups = param_groups(model, 0.1, **options)
@@ -304,8 +304,8 @@ class TestParamGroups:
         assert torch.equal(router, before) and optimizer.param_groups[0]["name"] == "cores"
 
     def test_of_one_adapter(self):
-        model = tucka.apply(build("bert"), tucka.TuckAConfig(r=4, task_type="SEQ_CLS"))
-        model.add_adapter("other", tucka.TuckAConfig(r=3, task_type="SEQ_CLS"))
+        model = tucka.apply(build("bert"), plain_config(r=4, task_type="SEQ_CLS"))
+        model.add_adapter("other", plain_config(r=3, task_type="SEQ_CLS"))
         for parameter in model.parameters():
             parameter.requires_grad_(True)
         self.expect_each_once(model, param_groups(model, 0.1))
@@ -317,7 +317,7 @@ class TestParamGroups:
     def test_what_cannot_be_grouped(self):
         with pytest.raises(ValueError, match=r"the model has no Tucker experts; wrap it with tucka.apply first"):
             param_groups(get_peft_model(build("bert"), LoraConfig(target_modules=["query"])), 0.1)
-        model = tucka.apply(build("bert"), tucka.TuckAConfig(r=4))
+        model = tucka.apply(build("bert"), plain_config(r=4))
         total = len(list(model.parameters()))
         with pytest.raises(ValueError, match=r"adapter 'other' is not one of \['default'\]"):
             param_groups(model, 0.1, adapter_name="other")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from conftest import plain_config
 from peft import HRAConfig, LoraConfig, OFTConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -231,14 +232,13 @@ def test_count_rejects_layers_it_cannot_tell_apart(shapes: list[LayerShape], num
 
 def tucka_config(**fields: Any) -> PeftConfig:
     """A plain config with every size different, so that no two can be confused."""
-    # Imported here so that the other methods' counts can be tested on their own.
-    from tucka import TuckAConfig
-
     plain = {"r": 4, "k": 2, "t": 3, "p": 5, "pooling": "mean", "shared_expert": False}
-    return TuckAConfig(**{**plain, "target_modules": ["query", "dense"], **fields})
+    return plain_config(**{**plain, "target_modules": ["query", "dense"], **fields})
 
 
 TUCKA_FIELDS: list[dict[str, Any]] = [
+    {"router_depth": 1},
+    {"router_depth": 1, "shared_expert": True, "form": "additive", "share_factors": True},
     {},
     {"routing": "batch"},
     {"pooling": "mean_std"},

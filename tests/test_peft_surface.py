@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from conftest import adapted, batch_for, build, first_output, randomise
+from conftest import adapted, batch_for, build, first_output, plain_config, randomise
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
@@ -36,7 +36,7 @@ def _one_thread():
 
 
 def bert_config(**fields):
-    return tucka.TuckAConfig(**{**SIZES, "target_modules": QUERY_VALUE, **fields})
+    return plain_config(**{**SIZES, "target_modules": QUERY_VALUE, **fields})
 
 
 def bert(**fields):
@@ -100,7 +100,7 @@ class TestWrapping:
         found = []
         for function in (get_peft_model, tucka.apply):
             torch.manual_seed(0)
-            found.append(function(build(name), tucka.TuckAConfig(**SIZES, task_type=task)))
+            found.append(function(build(name), plain_config(**SIZES, task_type=task)))
         assert type(found[0]) is type(found[1]) is kind
         assert found[0].peft_type == "TUCKA" and found[0].active_adapter == "default"
         assert_same_tensors(found[0].state_dict(), found[1].state_dict())
@@ -142,7 +142,7 @@ class TestWrapping:
 
     def test_the_configuration_survives_its_file(self, tmp_path):
         fields = dict(rank_pattern={"query": 2}, exclude_modules=["pooler.dense"], routing="batch", alpha=0.5)
-        config = tucka.TuckAConfig(**fields, target_modules=["query", "dense"])
+        config = plain_config(**fields, target_modules=["query", "dense"])
         config.save_pretrained(tmp_path)
         assert peft.PeftConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
         assert isinstance(peft.PeftConfig.from_pretrained(tmp_path), tucka.TuckAConfig)
@@ -276,7 +276,7 @@ class TestTargets:
         ],
     )
     def test_all_linear_leaves_the_output_head_alone(self, name, kinds):
-        model = get_peft_model(build(name), tucka.TuckAConfig(r=2, target_modules="all-linear"))
+        model = get_peft_model(build(name), plain_config(r=2, target_modules="all-linear"))
         assert {layer.rpartition(".")[2] for layer in adapted_layers(model)} == set(kinds)
 
     def test_ranks_of_single_layers(self, tmp_path):
@@ -531,7 +531,7 @@ class TestFiles:
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         build(name).save_pretrained(tmp_path / "base")
         base = type(build(name)).from_pretrained(tmp_path / "base")
-        model = randomise(tucka.apply(base, tucka.TuckAConfig(**SIZES, task_type=task), calibration=[batch_for(name)]))
+        model = randomise(tucka.apply(base, plain_config(**SIZES, task_type=task), calibration=[batch_for(name)]))
         model.eval().save_pretrained(tmp_path / "adapter")
         again = auto.from_pretrained(tmp_path / "adapter")
         assert type(again) is type(model)
@@ -574,7 +574,7 @@ class TestFiles:
             return model
 
         batch = batch_for("llama")
-        model = tucka.apply(base(), tucka.TuckAConfig(**SIZES), calibration=[batch])
+        model = tucka.apply(base(), plain_config(**SIZES), calibration=[batch])
         torch.nn.init.normal_(randomise(model).eval().get_input_embeddings().weight)
         model.save_pretrained(tmp_path, save_embedding_layers=True)
         assert torch.equal(outputs(PeftModel.from_pretrained(base(), tmp_path), batch), outputs(model, batch))
@@ -708,14 +708,14 @@ class TestRemoval:
     def test_unload_gives_the_base_back(self, name):
         reference, batch = self.used(build(name), name), batch_for(name)
         model = self.used(adapted(name, target_modules="all-linear"), name)
-        model.add_adapter("other", tucka.TuckAConfig(r=2))
+        model.add_adapter("other", plain_config(r=2))
         base = model.unload()
         assert type(base) is type(reference)
         assert self.anatomy(base) == self.anatomy(reference)
         assert_same_tensors(base.state_dict(), reference.state_dict())
         assert torch.equal(outputs(base, batch), outputs(reference, batch))
 
-        again = tucka.apply(base, tucka.TuckAConfig(**SIZES), calibration=[batch])
+        again = tucka.apply(base, plain_config(**SIZES), calibration=[batch])
         assert torch.equal(outputs(again, batch), outputs(reference, batch))
         with tucka.record_routes(again) as routes:
             assert not torch.equal(outputs(randomise(again), batch), outputs(reference, batch))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import adapted, batch_for, build, randomise
+from conftest import adapted, batch_for, build, plain_config, randomise
 from torch import distributed, nn
 
 import tucka
@@ -40,7 +40,7 @@ def collapsed(dead=(1, 2, 3), routing="sample", affinity="paper", **fields):
     """A model of four groups whose dead ones have centroids that no unit comes near, and its batches."""
     torch.manual_seed(0)
     fields = {"r": 4, "k": 4, "target_modules": ["query", "value"], "balance_bias": True, **fields}
-    config = tucka.TuckAConfig(routing=routing, affinity=affinity, **fields)
+    config = plain_config(routing=routing, affinity=affinity, **fields)
     batches = [texts(24, seed) for seed in range(6)]
     if routing == "batch":  # batches of one topic each: what is routed are batches
         batches = [{key: value[i::4] for key, value in batch.items()} for batch in batches for i in range(4)]
@@ -77,7 +77,7 @@ def test_a_forced_collapse_recovers(routing, affinity):
 @pytest.mark.parametrize("experts", [1, 2])
 def test_each_half_gets_its_topic(experts):
     """Two topics in one group, whose centroid is their mean: the two groups' centroids become the topics' means."""
-    config = tucka.TuckAConfig(
+    config = plain_config(
         r=4, k=2, t=experts, affinity="distance", init_router="kmeans", target_modules=["query", "value"]
     )
     batches = [texts(20, seed, topics=2, width=2) for seed in range(4)]
@@ -209,7 +209,7 @@ def test_only_as_many_units_as_asked_for():
 
 def test_the_named_adapter_alone():
     model, batches = collapsed()
-    model.add_adapter("other", tucka.TuckAConfig(r=4, k=2, init_router="kaiming"))
+    model.add_adapter("other", plain_config(r=4, k=2, init_router="kaiming"))
     model.set_adapter("other")
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     before = state_of(model)
@@ -249,7 +249,7 @@ class OneOfTwo(nn.Module):
 
 
 def test_a_tower_that_no_batch_reaches_is_left():
-    model = tucka.apply(OneOfTwo(), tucka.TuckAConfig(r=4, init_router="kaiming", target_modules=["query"])).eval()
+    model = tucka.apply(OneOfTwo(), plain_config(r=4, init_router="kaiming", target_modules=["query"])).eval()
     router = model.base_model.model.document.bert.encoder.layer[0].attention.self.query.tucka_router["default"]
     before = router.centroids.clone()
     with tucka.record_routes(model) as routes, record_loads(model) as loads:
@@ -270,7 +270,7 @@ def test_what_cannot_be_revived():
     with pytest.raises(ValueError, match=r"adapter 'other' is not one of \['default'\]"):
         revive(model, batches, adapter_name="other")
     with pytest.raises(ValueError, match="the router of adapter 'default' has not started, so no group is dead yet"):
-        revive(tucka.apply(build("bert"), tucka.TuckAConfig(r=4)), batches)
+        revive(tucka.apply(build("bert"), plain_config(r=4)), batches)
 
 
 def test_two_means_against_all_partitions():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers as tf
-from conftest import EOS, adapted, batch_for, build, first_output, text_batch
+from conftest import EOS, adapted, batch_for, build, first_output, plain_config, text_batch
 from torch import nn
 
 import tucka
@@ -289,7 +289,7 @@ class TestUntiedInputs:
             return self.layer(self.view(self.embed(input_ids)))
 
     def run(self, view, **fields):
-        config = tucka.TuckAConfig(r=3, target_modules=["layer"], **fields)
+        config = plain_config(r=3, target_modules=["layer"], **fields)
         return tucka.apply(self.Sums(view), config)(input_ids=torch.arange(15).view(3, 5))
 
     def test_flattened_tokens_are_tied(self):
@@ -323,7 +323,7 @@ def test_a_speech_model_says_which_tokens_its_mask_leaves():
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40)
     positions = dict(num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
     model = tf.Wav2Vec2Model(tf.Wav2Vec2Config(**convolutions, **sizes, **positions)).double().eval()
-    config = tucka.TuckAConfig(r=4, target_modules=["q_proj", "v_proj"], init_router="kaiming", pooling="mean")
+    config = plain_config(r=4, target_modules=["q_proj", "v_proj"], init_router="kaiming", pooling="mean")
     model = tucka.apply(model, config)
     mask = torch.ones(2, 400, dtype=torch.long)
     mask[1, 200:] = 0
@@ -347,7 +347,7 @@ def test_a_mask_that_stops_at_the_outer_model_still_counts():
         def forward(self, input_ids, attention_mask):
             return self.encoder(input_ids=input_ids).logits
 
-    config = tucka.TuckAConfig(r=4, target_modules=["query"], init_router="kaiming")
+    config = plain_config(r=4, target_modules=["query"], init_router="kaiming")
     model = tucka.apply(Wrapper(), config).eval()
     batch = text_batch(3)
     other = dict(batch, input_ids=torch.where(batch["attention_mask"].bool(), batch["input_ids"], 9))
@@ -377,7 +377,7 @@ def test_a_forward_that_was_interrupted_leaves_nothing_behind():
 def test_router_module_chooses_the_layer():
     targets = ["query", "value"]
     name = "bert.encoder.layer.0.attention.self.value"
-    chosen = tucka.apply(build("bert"), tucka.TuckAConfig(r=4, target_modules=targets, router_module=name))
+    chosen = tucka.apply(build("bert"), plain_config(r=4, target_modules=targets, router_module=name))
     layers = {layer.name: layer for layer in tucka.model.layers_of(chosen)}
     assert [n for n, layer in layers.items() if layer.tucka_router] == [name]
     with pytest.raises(RuntimeError, match=r"self\.query' ran before any layer that may feed the router: .*value"):
@@ -395,8 +395,8 @@ def test_a_router_of_another_width_names_both():
         def forward(self, x):
             return self.second(self.first(x))
 
-    model = tucka.apply(Reversed(), tucka.TuckAConfig(r=2, target_modules=["first", "second"]))
+    model = tucka.apply(Reversed(), plain_config(r=2, target_modules=["first", "second"]))
     with pytest.raises(ValueError, match=r"layer 'first' ran first and has 6 input features, but .* built for 4"):
         model(torch.randn(3, 6))
-    model = tucka.apply(Reversed(), tucka.TuckAConfig(r=2, target_modules=["first", "second"], router_module="first"))
+    model = tucka.apply(Reversed(), plain_config(r=2, target_modules=["first", "second"], router_module="first"))
     assert model(torch.randn(3, 6)).shape == (3, 2)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import batch_for, build
+from conftest import batch_for, build, plain_config
 from peft import PeftModel, get_peft_model
 
 import tucka
@@ -26,7 +26,7 @@ def first_feature(model, batch):
 @pytest.mark.parametrize("routing", ["sample", "batch"])
 def test_calibration_runs_the_papers_start(routing):
     batch = batch_for("bert")
-    config = tucka.TuckAConfig(r=4, routing=routing, perturb_scale=0.5)
+    config = plain_config(r=4, routing=routing, perturb_scale=0.5)
     model = tucka.apply(build("bert"), config, calibration=[batch, "never reached"])
     router = router_of(model)
     mean = first_feature(model, batch).mean(0)
@@ -37,7 +37,7 @@ def test_calibration_runs_the_papers_start(routing):
 
 
 def test_without_calibration_the_first_trainable_forward_starts_the_router_in_place():
-    model = get_peft_model(build("bert"), tucka.TuckAConfig(r=4, target_modules=["query"]))
+    model = get_peft_model(build("bert"), plain_config(r=4, target_modules=["query"]))
     parameter, batch = router_of(model).centroids, batch_for("bert")
     optimiser = torch.optim.SGD(model.parameters(), lr=0.0)
     before = parameter.clone()
@@ -54,7 +54,7 @@ def test_without_calibration_the_first_trainable_forward_starts_the_router_in_pl
 
 
 def test_a_reloaded_router_is_not_started_again(tmp_path):
-    model = tucka.apply(build("bert"), calibration=[batch_for("bert")])
+    model = tucka.apply(build("bert"), calibration=[batch_for("bert", samples=8)])
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(build("bert"), tmp_path, is_trainable=True).train()
     expected = router_of(again).centroids.clone()
@@ -76,7 +76,7 @@ def test_initialize_leaves_modes_gradients_and_random_state_as_found():
     model.get_base_model().classifier.eval()
     modes = [module.training for module in model.modules()]
     state = torch.random.get_rng_state()
-    tucka.initialize(model, [batch_for("bert")])
+    tucka.initialize(model, [batch_for("bert", samples=8)])
     assert torch.equal(torch.random.get_rng_state(), state)
     assert [module.training for module in model.modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -87,7 +87,7 @@ def test_any_form_of_batch(form):
     batch = batch_for("bert")
     ids, mask = batch["input_ids"], batch["attention_mask"]
     given = {"mapping": {"input_ids": ids, "attention_mask": mask}, "tuple": (ids, mask), "tensor": ids}[form]
-    model = tucka.apply(build("bert"), tucka.TuckAConfig(r=4, target_modules=["query"]), calibration=[given])
+    model = tucka.apply(build("bert"), plain_config(r=4, target_modules=["query"]), calibration=[given])
     assert router_of(model).initialised
 
 
@@ -103,7 +103,7 @@ def test_a_failing_calibration_leaves_the_model_as_it_was():
 
 
 def test_what_cannot_be_calibrated():
-    model = tucka.apply(build("bert"), tucka.TuckAConfig(r=4, init_router="kaiming"))
+    model = tucka.apply(build("bert"), plain_config(r=4, init_router="kaiming"))
     message = "starts without data: init_router='kaiming' and init_experts='identity' read none"
     with pytest.raises(ValueError, match=message):
         tucka.initialize(model, [batch_for("bert")])
@@ -116,7 +116,7 @@ def test_what_cannot_be_calibrated():
 
 
 def test_each_tower_is_started():
-    batch = batch_for("clip")
+    batch = batch_for("clip", samples=8)
     model = tucka.apply(build("clip"), calibration=[batch])
     routers = [router for layer in tucka.model.layers_of(model) for router in layer.tucka_router.values()]
     assert len(routers) == 2 and all(router.initialised and not router.awaits_start for router in routers)

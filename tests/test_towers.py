@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers as tf
-from conftest import build, randomise, text_batch
+from conftest import build, plain_config, randomise, text_batch
 from torch import nn
 
 import tucka
@@ -73,7 +73,7 @@ def test_a_layer_outside_all_towers_is_its_own():
 
 
 def adapt(model, **fields):
-    config = tucka.TuckAConfig(**{"r": 4, "k": 3, "target_modules": "all-linear", **fields})
+    config = plain_config(**{"r": 4, "k": 3, "target_modules": "all-linear", **fields})
     return randomise(tucka.apply(model, config)).eval()
 
 

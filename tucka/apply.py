@@ -90,16 +90,16 @@ def apply(
 def default_config(model: nn.Module) -> TuckAConfig:
     """The configuration `apply` uses when given none.
 
-    Targets follow the architecture, or are all linear layers of one that is not known; the rank is 8, or less for
-    layers narrower than that; the head of a classification model is trained beside the adapter.
+    Targets follow the architecture, or are all linear layers of one that is not known; the rank is the default, or less
+    for layers narrower than that; the head of a classification model is trained beside the adapter.
     """
     name = type(model).__name__
     known = isinstance(model, PreTrainedModel) and model.config.model_type in DEFAULT_TARGETS
     task = next((task for end, task in TASK_OF_CLASS.items() if name.endswith(end)), None)
     head = next((head for end, head in HEAD_OF_CLASS.items() if name.endswith(end)), None)
-    widths = [features[0] for features in map(linear_features, model.modules()) if features is not None]
+    widths = [min(features) for features in map(linear_features, model.modules()) if features is not None]
     return TuckAConfig(
-        r=min([8, *widths]),
+        r=min([TuckAConfig.r, *widths]),
         task_type=task,
         target_modules=None if known else "all-linear",
         modules_to_save=[head] if head else None,

@@ -74,8 +74,8 @@ class TuckAConfig(PeftConfig):
     normalize : {False, True, "bounded"}
         True: divide cores, expert factor and D-mode factors by their Frobenius norms, as the paper does. "bounded":
         U acts as U √R / ‖U‖ (V and C alike), so that one with orthonormal columns acts as it is, and a core 𝒢 as
-        𝒢 / √(1 + ‖𝒢‖²/R), which is 𝒢 near zero: the identity start is kept, and no learning rate can make the norm
-        of an expert larger than α√R.
+        𝒢 / √(1 + ‖𝒢‖²/R), which is 𝒢 near zero: the identity start is kept, and no learning rate can make an update
+        larger than a fixed multiple of α.
     form : {"multiplicative", "additive"}
         Update the layer's input, x' = x + α U Mᵀ Uᵀ x, or add to its output, y = W x + α V Mᵀ Uᵀ x.
     tie_factors : bool
@@ -100,6 +100,7 @@ class TuckAConfig(PeftConfig):
     warm_start : float
         0 starts the "hosvd" and "gradient" experts with zero cores, at the base model; otherwise the cores of the
         decomposition are scaled so that α𝒯[i,j] has this Frobenius norm on average (a step downhill for "gradient").
+        "bounded" experts of large norm start smaller.
     perturb_scale : float
         Width of the centroids' perturbation.
     pool_padding : bool
@@ -125,23 +126,23 @@ class TuckAConfig(PeftConfig):
         If a value is outside its range; the message names the field, the value and the rule.
     """
 
-    r: int = _help("Rank of every expert.", 8)
+    r: int = _help("Rank of every expert.", 6)
     k: int = _help("Number of expert groups.", 4)
-    t: int = _help("Experts in each group.", 2)
-    p: int = _help("Rank shared by the experts of a group.", 2)
-    alpha: float = _help("Scale of the adaptation.", 4.0)
+    t: int = _help("Experts in each group.", 1)
+    p: int = _help("Rank shared by the experts of a group.", 1)
+    alpha: float = _help("Scale of the adaptation.", 2.0)
     routing: str = _help("What is routed as one: 'sample' or 'batch'.", "sample")
-    affinity: str = _help("How a feature is scored against centroids: 'paper', 'cosine' or 'distance'.", "paper")
+    affinity: str = _help("How a feature is scored against centroids: 'paper', 'cosine' or 'distance'.", "cosine")
     temperature: float = _help("Temperature of the cosine and distance affinities.", 0.1)
     pooling: str = _help("Routing feature: 'mean' or 'mean_std' over unpadded tokens.", "mean_std")
-    normalize: Union[bool, str] = _help("Divide parameters by their norms: True, False or 'bounded'.", False)
-    form: str = _help("'multiplicative' (on the input) or 'additive' (to the output).", "multiplicative")
+    normalize: Union[bool, str] = _help("Divide parameters by their norms: True, False or 'bounded'.", "bounded")
+    form: str = _help("'multiplicative' (on the input) or 'additive' (to the output).", "additive")
     tie_factors: bool = _help("Both D-modes share U (multiplicative form).", True)
-    share_factors: bool = _help("Layers of one kind and width share their factors.", False)
+    share_factors: bool = _help("Layers of one kind and width share their factors.", True)
     shared_expert: bool = _help("One always-active slice beside the routed groups.", True)
     trainable: str = _help("'all', or 'core' to hold the D-mode factors.", "all")
-    init_router: str = _help("Start of the centroids: 'perturb', 'kaiming', 'kmeans' or 'kmeans_balanced'.", "perturb")
-    init_experts: str = _help("Start of the experts: 'identity', 'kaiming', 'hosvd' or 'gradient'.", "identity")
+    init_router: str = _help("Start of the centroids: 'perturb', 'kaiming', 'kmeans' or 'kmeans_balanced'.", "kmeans")
+    init_experts: str = _help("Start of the experts: 'identity', 'kaiming', 'hosvd' or 'gradient'.", "gradient")
     warm_start: float = _help("Norm of the experts that 'hosvd' and 'gradient' start with; 0: the base model.", 0.0)
     perturb_scale: float = _help("Width of the centroids' perturbation.", 1.0)
     pool_padding: bool = _help("Padded positions enter the pooled feature.", False)
@@ -232,7 +233,7 @@ def validate(config: TuckAConfig) -> None:
     for name in ("r", "k", "t", "p"):
         _check_count(name, getattr(config, name))
     for name, values in CHOICES.items():
-        if getattr(config, name) not in values:
+        if not any(getattr(config, name) is value or _same_text(getattr(config, name), value) for value in values):
             raise ValueError(f"{name}={getattr(config, name)!r} is not one of {', '.join(map(repr, values))}")
     for name in ("alpha", "perturb_scale", "balance_rate", "temperature", "warm_start"):
         value = getattr(config, name)
@@ -265,12 +266,23 @@ def validate(config: TuckAConfig) -> None:
         raise ValueError("layers_to_transform selects among listed target_modules, but target_modules is a string")
     if config.layers_pattern and config.layers_to_transform is None:
         raise ValueError("layers_pattern is set but layers_to_transform is not: it says which layers of the pattern")
+    if config.affinity == "paper" and config.t == 1 and config.init_router.startswith("kmeans"):
+        warnings.warn(
+            "with t=1 the paper's affinity is a sign, and centroids of k-means then choose by it alone. "
+            "Use affinity='cosine' or 'distance'.",
+            stacklevel=3,
+        )
     if config.normalize is True and config.init_experts != "kaiming" and config.init_weights and not config.warm_start:
         warnings.warn(
             "normalize=True divides a zero core by its norm: the first step jumps from the identity to an update of "
             "full size. Use init_experts='kaiming' or warm_start with normalize=True.",
             stacklevel=3,
         )
+
+
+def _same_text(given: Any, value: Any) -> bool:
+    """Equality of texts alone: 1 is no True."""
+    return isinstance(given, str) and given == value
 
 
 def _check_count(name: str, value: Any, least: int = 1) -> None:

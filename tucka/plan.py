@@ -129,7 +129,7 @@ def _router_places(layers_of: dict[Tower, list[str]], config: TuckAConfig) -> di
         if chosen:
             places[tower] = RouterPlace(chosen, (chosen,))
         elif config.router_depth and _blocks(layers):
-            places[tower] = _at_depth(config.router_depth, in_encoder or layers)
+            places[tower] = place_at_depth(config.router_depth, in_encoder or layers)
         else:
             places[tower] = RouterPlace((in_encoder or layers)[0], tuple(in_encoder) or None)
     adapted = [name for layers in layers_of.values() for name in layers]
@@ -158,7 +158,14 @@ def _blocks(layers: list[str]) -> dict[str, int]:
     return {name: int(match[1]) for name, match in found.items() if match}
 
 
-def _at_depth(depth: int, layers: list[str]) -> RouterPlace:
+def place_at_depth(depth: int, layers: list[str]) -> RouterPlace:
+    """The router's place in the block of that index, given the adapted layers of a tower in order.
+
+    Raises
+    ------
+    ValueError
+        If no adapted layer lies in that block.
+    """
     blocks = _blocks(layers)
     sources = [name for name, block in blocks.items() if block == depth]
     if not sources:

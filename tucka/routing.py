@@ -181,8 +181,8 @@ class Router(nn.Module):
             chosen = units[torch.arange(len(self.centroids), device=units.device) % feature.shape[0]]
             # Units may be fewer than centroids: a little noise tells their copies apart.
             centroids = (feature[chosen] - center) / scale + 0.1 * torch.randn_like(self.centroids)
-        distances_NC = torch.cdist((feature - center) / scale, centroids)
-        self._write(centroids, center, scale, distances_NC.amin(-1).square().mean())
+        # Distances to the nearest centroid would say little: a unit that became one lies at none.
+        self._write(centroids, center, scale, ((feature - center) / scale).square().sum(-1).mean())
 
     def standard(
         self,

@@ -20,8 +20,8 @@ from ._tltorch import TuckerTensor
 from .hosvd import hosvd
 
 FACTOR_ENTRY = 0.25
-"""Root mean square of the entries of a bounded factor at its start: it sets how fast an optimiser that moves every entry
-by its learning rate (Adam) turns the factor, whatever the width."""
+"""Root mean square of the entries of a bounded factor at its start: how fast an optimiser that moves every entry by its
+learning rate (Adam) turns the factor, whatever the width."""
 
 
 class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg]
