@@ -47,10 +47,11 @@ ADAPTED = dict(target_modules=["q_proj", "v_proj", "o_proj", "fc1", "fc2"], modu
 """The layers that both methods adapt, and the head that both train whole."""
 
 TUCKA = dict(
-    r=10, k=4, t=2, p=1, alpha=4.0, routing="sample", pooling="mean", form="additive", share_factors=True,
-    shared_expert=True, balance_bias=True, balance_rate=1e-3, init_router="perturb", perturb_scale=1.0,
+    r=8, k=4, t=1, p=1, alpha=2.0, routing="sample", affinity="cosine", pooling="mean_std",
+    form="additive", share_factors=True, shared_expert=True, init_router="kmeans", init_experts="gradient",
+    balance_bias=False, balance_rate=1e-3, perturb_scale=1.0,
 )  # fmt: skip
-"""TuckA's settings on this task: the best of some twenty tried on seeds 10 and 11. Layers of one kind share factors."""
+"""TuckA's settings: those of the library. Layers of one kind share factors, and a start from data finds the domains."""
 
 # LoRA's learning rate, tried at rank 7: 0.002, 0.01 and 0.02 were far worse on seeds 10 and 11; on seeds 0, 1 and 2,
 # 0.003 gave 79.9, 82.2 and 80.3 %, 0.004 83.8, 80.8 and 82.7 %, 0.005 82.2, 62.1 and 82.9 %. So 0.004.
@@ -214,7 +215,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--epochs", type=int, default=10, help="passes over the shifted domains, for both methods")
     add("--pretrain-epochs", type=int, default=30, help="passes over the upright digits")
-    add("--learning-rate", type=float, default=5e-3, help="peak learning rate of TuckA")
+    add("--learning-rate", type=float, default=1.6e-2, help="peak learning rate of TuckA")
     add("--lora-learning-rate", type=float, default=4e-3, help="peak learning rate of LoRA")
     add("--batch-size", type=int, default=64, help="images in a training batch")
     add("--samples", type=int, default=1797, help="how many of the 1,797 digits to use")
@@ -237,8 +238,9 @@ def adapt(base: ViT, config: TuckAConfig | LoraConfig, data: Dataset, seed: int)
     torch.manual_seed(seed)
     if isinstance(config, LoraConfig):
         return get_peft_model(copy.deepcopy(base), config)
-    calibration = DataLoader(data, batch_size=256, shuffle=True) if config.init_router == "perturb" else None
-    return tucka.apply(copy.deepcopy(base), config, calibration=calibration)
+    from_data = config.init_router != "kaiming" or config.init_experts in ("hosvd", "gradient")
+    calibration = DataLoader(data, batch_size=256, shuffle=True) if from_data else None
+    return tucka.apply(copy.deepcopy(base), config, calibration=calibration, progress=False)
 
 
 def lora_config_of_size(base: ViT, parameters: int) -> LoraConfig:

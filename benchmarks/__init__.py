@@ -1,0 +1,1 @@
+"""Measurements of tucka beside PEFT's methods; run from the root of the repository."""
