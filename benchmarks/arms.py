@@ -244,7 +244,8 @@ def _tucka(name: str, paper: bool, own: dict[str, Any]) -> Arm:
     def build(base: nn.Module, task: Task, settings: dict[str, Any], calibration: DataLoader) -> nn.Module:
         return tucka.apply(base, config(task), calibration=calibration, progress=False)
 
-    return Arm(name, settings, build, (0.001, 0.002, 0.004, 0.008), True, multipliers=multipliers)
+    rates = (0.002, 0.004, 0.008, 0.016) if paper else (0.004, 0.008, 0.016, 0.032)
+    return Arm(name, settings, build, rates, True, multipliers=multipliers)
 
 
 def _without_multipliers(own: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
