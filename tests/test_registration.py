@@ -40,6 +40,7 @@ def test_importing_tucka_adds_no_plotting_or_learning_library_and_keeps_tensorly
 
 def test_public_names():
     assert set(tucka.__all__) == {
-        "Route", "TuckAConfig", "__version__", "apply", "initialize", "pin_route", "record_routes",
+        "Route", "TuckAConfig", "__version__", "apply", "balance", "hold_unselected", "initialize", "param_groups",
+        "pin_route", "record_loads", "record_routes", "revive",
     }  # fmt: skip
     assert callable(tucka.apply)
