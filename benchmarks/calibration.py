@@ -133,7 +133,7 @@ def held_bytes(args: argparse.Namespace) -> int:
     d, wide, clusters = args.width, args.intermediate, args.k * args.t
     attention, up, down = [(d, d)] * 4, [(d, wide)] * 2, [(wide, d)]
     per_block = sum(moment_numbers(*layer, args, clusters) for layer in attention + up + down)
-    tests = sum(width * (3 * columns(width, width, args.rank) + 1) for width in {d, wide})
+    tests = sum(width * (3 * columns(args.rank) + 1) for width in {d, wide})
     return 4 * (args.layers * per_block + tests)
 
 
@@ -143,13 +143,13 @@ def moment_numbers(d: int, o: int, args: argparse.Namespace, clusters: int) -> i
         o = d
     if d * o <= FORMED_LIMIT:
         return clusters * d * o
-    q = columns(d, o, args.rank)
+    q = columns(args.rank)
     return (d + o) * q + clusters * (2 * q + 1) ** 2
 
 
-def columns(d: int, o: int, rank: int) -> int:
-    """Columns of a range sketch."""
-    return min(2 * rank + 16, d, o)
+def columns(rank: int) -> int:
+    """Columns Q of a range sketch."""
+    return 2 * rank + 16
 
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
