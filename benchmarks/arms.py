@@ -157,7 +157,7 @@ def arm_of(text: str) -> Arm:
         if ablation in ABLATIONS:
             return _tucka(text, False, {**ABLATIONS[ablation], **own})
     if name in ("frozen", "full") and not own:
-        rates = {"frozen": (0.001, 0.004, 0.016), "full": (0.00025, 0.0005, 0.001, 0.002)}[name]
+        rates = {"frozen": (0.002, 0.004, 0.008, 0.016), "full": (0.00025, 0.0005, 0.001, 0.002)}[name]
         return Arm(text, lambda task: {}, partial(_select, everything=name == "full"), rates)
     ranked = re.fullmatch(r"lora(\d+)", name)
     method, own = ("lora", {"r": int(ranked[1]), **own}) if ranked else (name, own)

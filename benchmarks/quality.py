@@ -1,7 +1,7 @@
 """Quality of adapters at their size: TuckA beside PEFT's methods, over tasks and seeds.
 
-The learning rate of every arm is chosen on the validation splits of two seeds that enter no final score; then each arm
-is trained at that learning rate on other seeds and scored on their test splits. Every run is a row of a CSV file,
+The learning rate of every arm is chosen on the validation split of a seed that enters no final score; then each arm is
+trained at that learning rate on other seeds and scored on their test splits. Every run is a row of a CSV file,
 written as it ends, and a run found there is not repeated.
 
     python -m benchmarks.quality run --tasks digits4-conflict --arms lora,tucka --seeds 0-4
@@ -14,7 +14,7 @@ import argparse
 import itertools
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from joblib import Parallel, delayed
 
 from .arms import ARM_NAMES, arm_of
 from .results import COLUMNS, Store, key_of
-from .selection import SELECTION_SEEDS, best_learning_rate
+from .selection import SELECTION_SEEDS, best_learning_rate, next_learning_rate
 from .tasks import TASKS, Options, task_of
 from .training import identity_of, train_and_score
 
@@ -52,6 +52,14 @@ class Common(NamedTuple):
     retry_failed: bool
 
 
+class Plan(NamedTuple):
+    """Which runs an arm gets on a task: learning rates to try (None: searched), and seeds to score it on."""
+
+    rates: tuple[float, ...] | None
+    selects: bool
+    seeds: list[int]
+
+
 def perform(job: Job, common: Common) -> dict[str, Any]:
     """Do a run and write its row, or find the row; an error becomes a row with its message."""
     torch.set_num_threads(1)
@@ -75,15 +83,34 @@ def perform(job: Job, common: Common) -> dict[str, Any]:
     return row
 
 
-def perform_all(jobs: Iterable[Job], common: Common, workers: int) -> int:
-    """Do runs in separate processes, print a line as each ends, and return how many failed."""
-    jobs = list(jobs)
-    parallel = Parallel(workers, return_as="generator_unordered", batch_size=1, pre_dispatch=workers)
+def study(task: str, arm: str, plan: Plan, common: Common) -> int:
+    """Do the runs of an arm on a task, print a line as each ends, and return how many failed.
+
+    First those that choose its learning rate, then those that score it.
+    """
     failed = 0
-    for done, row in enumerate(parallel(delayed(perform)(job, common) for job in jobs), 1):
+    for job in jobs_of(task, arm, plan, common):
+        row = perform(job, common)
         failed += bool(row.get("error"))
-        print(f"{done:>4}/{len(jobs)} {describe(row)}", flush=True)
+        print(describe(row), flush=True)
     return failed
+
+
+def jobs_of(task: str, arm: str, plan: Plan, common: Common) -> Iterator[Job]:
+    """The runs of an arm on a task; in a search, the next learning rate follows from the runs before it."""
+    if plan.selects:
+        for rate in plan.rates or searched(task, arm, common):
+            yield from (Job(task, arm, seed, rate, None) for seed in SELECTION_SEEDS)
+    yield from (Job(task, arm, seed, None, plan.rates) for seed in plan.seeds)
+
+
+def searched(name: str, text: str, common: Common) -> Iterator[float]:
+    """Learning rates from the middle of the arm's outwards, as `selection.next_learning_rate` finds them."""
+    arm = arm_of(text)
+    middle = len(arm.learning_rates) // 2
+    like = identity_of(task_of(name, SELECTION_SEEDS[0], common.options), arm, None, SELECTION_SEEDS[0], common.epochs)
+    while rate := next_learning_rate(common.store.rows(), like, arm.learning_rates[middle - 1 : middle + 1]):
+        yield rate
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -100,19 +127,11 @@ def run(args: argparse.Namespace) -> int:
     """Select learning rates, then score; the exit status tells whether a run failed."""
     options = Options(args.work, args.sections, args.samples)
     common = Common(Store(args.out), options, args.epochs, args.device, args.retry_failed)
-    pairs = list(itertools.product(args.tasks, args.arms))
-    failed = 0
-    if not args.final:
-        jobs = (
-            Job(task, arm, seed, rate, None)
-            for task, arm in pairs
-            for seed in SELECTION_SEEDS
-            for rate in args.lrs or arm_of(arm).learning_rates
-        )
-        failed += perform_all(jobs, common, args.workers)
-    if not args.only_select:
-        jobs = (Job(task, arm, seed, None, args.lrs) for task, arm in pairs for seed in args.seeds)
-        failed += perform_all(jobs, common, args.workers)
+    plan = Plan(args.lrs, not args.final, [] if args.only_select else args.seeds)
+    # An arm's runs follow one another in one process; the arms share the processes.
+    parallel = Parallel(args.workers, batch_size=1, pre_dispatch=args.workers)
+    pairs = itertools.product(args.tasks, args.arms)
+    failed = sum(parallel(delayed(study)(task, arm, plan, common) for task, arm in pairs))
     return min(failed, 1)
 
 
@@ -184,7 +203,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--tasks", type=known(TASKS), default=list(TASKS), help=f"default: all of {', '.join(TASKS)}")
     add("--arms", type=arms, required=True, help=f"of {', '.join(ARM_NAMES)}; or with settings, tucka:k=8,alpha=2.0")
     add("--seeds", type=seeds, default=seeds("0-4"), help="seeds of the final scores, as 0-4 or 0,2 (default: 0-4)")
-    add("--lrs", type=rates, help="learning rates to choose from (default: the arm's)")
+    add("--lrs", type=rates, help="learning rates to choose from (default: searched from the middle of the arm's)")
     stages = one.add_mutually_exclusive_group()
     stages.add_argument("--only-select", action="store_true", help="stop after the selection of learning rates")
     stages.add_argument("--final", action="store_true", help="select among the selection runs already there")

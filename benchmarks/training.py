@@ -122,7 +122,8 @@ def score(model: nn.Module, rows: Rows, task: Task) -> Scores:
 
 def max_violation(groups: np.ndarray, count: int) -> float:
     """Largest load of a group over the mean load, minus one."""
-    return float(np.bincount(groups, minlength=count).max() * count / len(groups) - 1)
+    loads = torch.from_numpy(np.bincount(groups, minlength=count)).double()
+    return float(tucka.balance.max_violation(loads))
 
 
 def label_entropy(rows: Rows) -> float:

@@ -6,6 +6,7 @@ import pytest
 import tensorly as tl
 import torch
 import transformers as tf
+from peft import get_peft_model_state_dict
 
 import tucka
 
@@ -15,8 +16,9 @@ torch.set_num_threads(1)  # the models are tiny, and the tests run in parallel
 
 EOS, VOCABULARY = 2, 50
 PLAIN = dict(
-    r=8, k=4, t=2, p=2, alpha=4.0, affinity="paper", normalize=False, form="multiplicative", share_factors=False,
-    init_router="perturb", init_experts="identity",
+    r=8, k=4, t=2, p=2, alpha=4.0, routing="sample", affinity="paper", pooling="mean_std", normalize=False,
+    form="multiplicative", share_factors=False, shared_expert=True, trainable="all", init_router="perturb",
+    init_experts="identity",
 )  # fmt: skip
 """Settings of tests that are about something else: the simplest of each, whatever the library's defaults are."""
 NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -130,17 +132,10 @@ def batches_for(name, samples=12, size=5, dtype=torch.float32, **options):
     ]
 
 
-PLAIN = dict(
-    t=2, p=2, alpha=4.0, routing="sample", affinity="paper", pooling="mean_std", normalize=False, form="multiplicative",
-    share_factors=False, shared_expert=True, trainable="all", init_router="perturb", init_experts="identity",
-)  # fmt: skip
-"""Options that tests of one of them hold fixed, whatever the defaults are."""
-
-
 def unstarted(name="bert", dtype=torch.float32, **fields):
     """A tiny model that waits for its calibration; the same seed every time."""
     torch.manual_seed(0)
-    defaults = {**PLAIN, "r": 4, "k": 2, "init_router": "kmeans", "init_experts": "hosvd"}
+    defaults = dict(r=4, k=2, init_router="kmeans", init_experts="hosvd")
     return tucka.apply(build(name).to(dtype), plain_config(**{**defaults, **fields}))
 
 
@@ -167,6 +162,19 @@ def assert_same_state(found, expected, tolerance=0.0):
 def router_of(model):
     """The first router of a model."""
     return next(router for layer in tucka.model.layers_of(model) for router in layer.tucka_router.values())
+
+
+def stored(model, adapter_name="default"):
+    """A copy of all that the adapter saves."""
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    return {key: value.clone() for key, value in state.items()}
+
+
+def assert_same_tensors(found, expected):
+    """The same keys, types and bits."""
+    assert expected and found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
 
 
 def first_output(output):

@@ -6,17 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import adapted, batch_for, build, plain_config, text_batch
+from conftest import adapted, batch_for, build, plain_config, router_of, text_batch
 from peft import PeftModel
 from test_device_sync import Watch, layer_step, no_host_copies  # noqa: F401
 from torch import distributed, nn
 
 import tucka
 from tucka.balance import Load, LoadMeter, bias_step, coefficient_of_variation, entropy, max_violation, record_loads
-
-
-def router_of(model):
-    return next(router for layer in tucka.model.layers_of(model) for router in layer.tucka_router.values())
 
 
 def counted(routes, groups, experts):

@@ -1,5 +1,6 @@
 """The quality benchmark, at sizes that run in seconds."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from benchmarks.arms import ABLATIONS, METHODS, arm_of, parse_settings, tucka_si
 from benchmarks.figures import draw_scores, mark_of
 from benchmarks.fitting import optimiser_groups
 from benchmarks.results import COLUMNS, Store
-from benchmarks.selection import best_learning_rate
+from benchmarks.selection import best_learning_rate, next_learning_rate
 from benchmarks.sizing import adapter_parameters, smallest_size
 from benchmarks.tasks import Options, arithmetic, digits, python_sources, stdlib_text
 from benchmarks.tasks.task import Rows, Splits, Task, class_hits
@@ -227,12 +228,37 @@ def test_the_learning_rate_is_chosen_on_validation_over_all_selection_seeds(tmp_
     scores = {(0.001, 100): 50, (0.001, 101): 60, (0.002, 100): 70, (0.002, 101): 30, (0.004, 100): 99}
     for (rate, seed), score in scores.items():
         store.append(a_row(seed=seed, learning_rate=rate, validation=float(score), test=float(-score)))
-    assert best_learning_rate(store.rows(), a_row()) == 0.001
-    assert best_learning_rate(store.rows(), a_row(), among=[0.002]) == 0.002
+    seeds = (100, 101)
+    assert best_learning_rate(store.rows(), a_row(), seeds) == 0.001
+    assert best_learning_rate(store.rows(), a_row(), seeds, among=[0.002]) == 0.002
     with pytest.raises(ValueError, match=r"\[100, 101\].* 0 such, 3 tried"):
-        best_learning_rate(store.rows(), a_row(), among=[0.004])
+        best_learning_rate(store.rows(), a_row(), seeds, among=[0.004])
     with pytest.raises(ValueError, match="0 tried"):
-        best_learning_rate(store.rows(), a_row(settings="{}"))
+        best_learning_rate(store.rows(), a_row(settings="{}"), seeds)
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (0.002, [0.001, 0.002, 0.004]),
+        (0.001, [0.001, 0.002, 0.0005]),
+        (0.0001, [0.001, 0.002, 0.0005, 0.00025, 0.000125, 0.0000625]),
+        (1.0, [0.001, 0.002, 0.004, 0.008, 0.016, 0.032]),
+    ],
+)
+def test_a_search_tries_both_neighbours_of_the_best_learning_rate(tmp_path, best, tried):
+    store, found = Store(tmp_path / "runs.csv"), []
+    while rate := next_learning_rate(store.rows(), a_row(), start=(0.001, 0.002)):
+        store.append(a_row(seed=100, learning_rate=rate, validation=-abs(math.log(rate / best))))
+        found.append(rate)
+    assert found == tried
+
+
+def test_a_search_ends_when_every_run_fails(tmp_path):
+    store = Store(tmp_path / "runs.csv")
+    for rate in (0.001, 0.002):
+        store.append(a_row(seed=100, learning_rate=rate, error="no"))
+    assert next_learning_rate(store.rows(), a_row(), start=(0.001, 0.002)) is None
 
 
 def test_the_figure_shows_the_scores():
@@ -255,7 +281,7 @@ def test_a_run_from_the_command_line_is_scored_kept_and_reported(work, tmp_path,
     wanted = ["run", "--tasks", "digits4-conflict", "--arms", "lora2,tucka:k=2,p=1", "--out", str(out)]
     assert quality.main([*wanted, *sizes]) == 0
     rows = Store(out).rows()
-    assert [row["seed"] for row in rows] == ["100", "101"] * 2 + ["0"] * 2
+    assert [row["seed"] for row in rows] == ["100", "0"] * 2
     assert all(0 <= float(row["test"]) <= 100 and not row["error"] for row in rows)
     assert all((row["nmi"] != "") == row["arm"].startswith("tucka") for row in rows)
     before = out.read_bytes()

@@ -3,8 +3,20 @@
 import pytest
 import torch
 import transformers as tf
-from conftest import ARCHITECTURES, EOS, adapted, batch_for, build, first_output, plain_config, randomise, text_batch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from conftest import (
+    ARCHITECTURES,
+    EOS,
+    adapted,
+    assert_same_tensors,
+    batch_for,
+    build,
+    first_output,
+    plain_config,
+    randomise,
+    stored,
+    text_batch,
+)
+from peft import PeftModel, get_peft_model
 
 import tucka
 
@@ -19,15 +31,6 @@ OTHER = dict(r=2, k=2, t=3, p=1, alpha=2.0, routing="batch", pooling="mean", sha
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tiny tensors gain nothing from threads and lose much to waiting for them on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def wrapped(name, fields=None, seed=0, **options):
     """A tiny model with an adapter at its start."""
     torch.manual_seed(seed)
@@ -37,18 +40,6 @@ def wrapped(name, fields=None, seed=0, **options):
 def outputs(model, batch):
     with torch.no_grad():
         return first_output(model(**batch))
-
-
-def stored(model, adapter_name="default"):
-    """A copy of all that the adapter saves."""
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    return {key: value.clone() for key, value in state.items()}
-
-
-def assert_same_tensors(found, expected):
-    assert expected and found.keys() == expected.keys()
-    for key, value in expected.items():
-        assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
 
 
 def trainable(model):

@@ -12,8 +12,17 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from conftest import adapted, batch_for, build, first_output, plain_config, randomise
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from conftest import (
+    adapted,
+    assert_same_tensors,
+    batch_for,
+    build,
+    first_output,
+    plain_config,
+    randomise,
+    stored,
+)
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 import tucka
@@ -24,15 +33,6 @@ SIZES = dict(r=4, k=3, t=2, p=2)
 
 PARAMETERS = 4 * (32 * 4 + 3 * 2 * 4 * 4 + 2 * 2 + 4 * 4) + 3 * 2 * 2 * 32
 """In each of four layers D·R + K·P·R² + T·P + R² (the always-active slice); once K·T·2D (mean and deviation)."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tiny tensors gain nothing from threads and lose much to waiting for them on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def bert_config(**fields):
@@ -48,18 +48,6 @@ def bert(**fields):
 def outputs(model, batch=None):
     with torch.no_grad():
         return first_output(model(**(batch_for("bert") if batch is None else batch)))
-
-
-def stored(model, adapter_name="default"):
-    """A copy of all that the adapter saves."""
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    return {key: value.clone() for key, value in state.items()}
-
-
-def assert_same_tensors(found, expected):
-    assert expected and found.keys() == expected.keys()
-    for key, value in expected.items():
-        assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
 
 
 def reloaded(model, directory, **options):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import adapted, batch_for, build, plain_config, randomise
+from conftest import adapted, batch_for, build, plain_config, randomise, router_of
 from torch import distributed, nn
 
 import tucka
@@ -21,10 +21,6 @@ def texts(samples, seed, topics=4, width=11):
     topic = torch.arange(samples) % topics
     tokens = torch.randint(0, width, (samples, 7), generator=generator) + 3 + width * topic.unsqueeze(1)
     return {"input_ids": tokens, "labels": topic % 2}
-
-
-def router_of(model):
-    return next(router for layer in tucka.model.layers_of(model) for router in layer.tucka_router.values())
 
 
 def load_of(model, batches):

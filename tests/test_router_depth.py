@@ -17,7 +17,7 @@ ARCHITECTURES = ["bert", "deberta", "vit", "gpt2", "llama", "t5", "bart", "clip"
 
 def adapted(name, dtype=torch.float32, **fields):
     """A model whose router reads block 1, with a randomised adapter."""
-    return adapted_with(name, dtype, **{**PLAIN, "router_depth": 1, **fields})
+    return adapted_with(name, dtype, **{"router_depth": 1, **fields})
 
 
 def block_of(layer):

@@ -2,14 +2,10 @@
 
 import pytest
 import torch
-from conftest import batch_for, build, plain_config
+from conftest import batch_for, build, plain_config, router_of
 from peft import PeftModel, get_peft_model
 
 import tucka
-
-
-def router_of(model):
-    return next(router for layer in tucka.model.layers_of(model) for router in layer.tucka_router.values())
 
 
 def first_feature(model, batch):

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .processes import is_distributed
+
 if TYPE_CHECKING:
     from .routing import Route, Router
 
@@ -162,7 +164,7 @@ class LoadMeter:
         """
         counts = self.counts.clone()
         distributed = torch.distributed
-        if across_processes and distributed.is_available() and distributed.is_initialized():
+        if across_processes and is_distributed():
             distributed.all_reduce(counts)
         units = counts.sum()
         expert_share = counts / units.clamp_min(1)
@@ -249,4 +251,4 @@ def loads_of(model: nn.Module, adapter_name: str | None = None) -> tuple[str, di
 def _dispatchers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     from .model import dispatchers_of
 
-    return {tower: d for tower, d in dispatchers_of(model).items() if adapter_name in d.router_owners}
+    return dispatchers_of(model, adapter_name)

@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .dispatch import Dispatcher
 from .layer import TuckALayer
+from .processes import is_distributed
 from .units import samples_of_rows
 
 
@@ -234,6 +235,5 @@ def _tell(listener: Listener, layer: TuckALayer, x: Tensor, z: Tensor, rows: Row
 
 def progress_bar(total: int, what: str, shown: bool, unit: str = " samples") -> tqdm:
     """A bar, on the first process alone."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    hidden = not shown or (distributed and torch.distributed.get_rank() != 0)
+    hidden = not shown or (is_distributed() and torch.distributed.get_rank() != 0)
     return tqdm(total=total, desc=f"calibration: {what}", unit=unit, disable=hidden, leave=False)

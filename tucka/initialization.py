@@ -18,8 +18,9 @@ from .calibration import FeatureReader, Loss, Rows, as_found, bare, device_of, l
 from .config import TuckAConfig
 from .hosvd import Decomposition, hosvd_of_moments
 from .layer import TuckALayer
-from .model import layers_of, single_adapter_name
+from .model import dispatchers_of, layers_of, single_adapter_name
 from .moments import FORMED_LIMIT, FormedMoments, GaussianTests, Moments, SketchedMoments
+from .processes import is_distributed
 from .routing import Router
 from .starts import DATA_STARTS, start_experts_from, start_router_from
 
@@ -70,11 +71,7 @@ def initialize(
     name = single_adapter_name(model, adapter_name)
     layers = [layer for layer in layers_of(model) if name in layer.tucka_experts]
     config: TuckAConfig = model.peft_config[name]  # type: ignore[assignment, index]
-    routers = {
-        layer.dispatcher.name: layer.dispatcher.router(name)
-        for layer in layers
-        if name in layer.dispatcher.router_owners
-    }
+    routers = {tower: dispatcher.router(name) for tower, dispatcher in dispatchers_of(model, name).items()}
     starts_experts = config.init_experts in DATA_STARTS and config.init_weights
     starts_routers = config.init_router != "kaiming"
     if not starts_experts and not starts_routers:
@@ -86,7 +83,7 @@ def initialize(
     with as_found(model), bare(layers_of(model)), _all_or_nothing(routers.values()):
         batches, features = _read_features(model, layers, name, calibration, wanted, progress)
         if config.init_router == "perturb":
-            _perturb(model, layers, name, routers, batches[0])
+            _perturb(model, layers, name, routers, batches[0], config.routing == "sample")
         elif starts_routers:
             for tower, feature in features.items():
                 start_router_from(routers[tower], feature)
@@ -129,10 +126,11 @@ def _read_features(
     return batches, {tower: torch.cat(parts) for tower, parts in reader.features.items() if parts}
 
 
-def _perturb(model: nn.Module, layers: list[TuckALayer], name: str, routers: dict[str, Router], batch: Any) -> None:
+def _perturb(
+    model: nn.Module, layers: list[TuckALayer], name: str, routers: dict[str, Router], batch: Any, per_sample: bool
+) -> None:
     """The paper's start, from the first batch as it is routed."""
-    config: TuckAConfig = model.peft_config[name]  # type: ignore[assignment, index]
-    reader = FeatureReader(layers, name, per_sample=config.routing == "sample")
+    reader = FeatureReader(layers, name, per_sample=per_sample)
     reader.read(model, batch, device_of(model))
     for tower, features in reader.features.items():
         if features:
@@ -238,10 +236,8 @@ class MomentCollector:
 
     def _new(self, layer: TuckALayer, d: int, o: int) -> Moments:
         experts: Any = layer.tucka_experts[self.name]
-        clusters, placed = (
-            experts.shape[0] * experts.shape[1],
-            dict(device=experts.core.device, dtype=experts.core.dtype),
-        )
+        clusters = experts.shape[0] * experts.shape[1]
+        placed = dict(device=experts.core.device, dtype=experts.core.dtype)
         if d * o <= FORMED_LIMIT:
             return FormedMoments(clusters, d, o, **placed)
         return SketchedMoments(clusters, d, o, experts.core.shape[-1], self._tests, **placed)
@@ -287,7 +283,7 @@ class MomentCollector:
 
 def _share_start(layers: list[TuckALayer], name: str) -> None:
     """Give every process of a distributed run the first one's start."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not is_distributed():
         return
     for layer in layers:
         held = [modules[name] for modules in (layer.tucka_experts, layer.tucka_router) if name in modules]

@@ -152,9 +152,10 @@ def layers_of(model: nn.Module) -> list[TuckALayer]:
     return [module for module in model.modules() if isinstance(module, TuckALayer)]
 
 
-def dispatchers_of(model: nn.Module) -> dict[str, Dispatcher]:
-    """The dispatchers of a model by tower name."""
-    return {layer.dispatcher.name: layer.dispatcher for layer in layers_of(model)}
+def dispatchers_of(model: nn.Module, adapter_name: str | None = None) -> dict[str, Dispatcher]:
+    """The dispatchers of a model by tower name; of an adapter, those that have a router of it."""
+    found = {layer.dispatcher.name: layer.dispatcher for layer in layers_of(model)}
+    return {tower: d for tower, d in found.items() if adapter_name is None or adapter_name in d.router_owners}
 
 
 def single_adapter_name(model: nn.Module, adapter_name: str | None) -> str:

@@ -65,9 +65,7 @@ class FormedMoments:
     def add(self, x: Tensor, z: Tensor, cluster: Tensor, weight: Tensor) -> None:
         """Add rows; see `Moments`."""
         x, z = _weighted(x, weight, self.tensor), z.to(self.tensor)
-        for c in cluster.unique().tolist():
-            rows = cluster == c
-            self.tensor[c].addmm_(x[rows].mT, z[rows])
+        _add_products(self.tensor, x, z, cluster)
 
     def size(self) -> float:
         """Sum of absolute values; see `Moments`."""
@@ -109,9 +107,7 @@ class SketchedMoments:
         omega_NQ = self.tests.matrix(self.core.shape[0], self.columns, self.core)[cluster]
         self.input_range.addmm_(x.mT, z_range_NQ * omega_NQ)
         self.output_range.addmm_(z.mT, x_range_NQ * omega_NQ)
-        for c in cluster.unique().tolist():
-            rows = cluster == c
-            self.core[c].addmm_(x_core_NH[rows].mT, z_core_NH[rows])
+        _add_products(self.core, x_core_NH, z_core_NH, cluster)
 
     def size(self) -> float:
         """Sum of absolute values; see `Moments`."""
@@ -134,6 +130,13 @@ class SketchedMoments:
     def _test_matrix(self, width: int) -> Tensor:
         """(width, Q + H): columns for the range sketch, and independent ones for the core."""
         return self.tests.matrix(width, 3 * self.columns + 1, self.core)
+
+
+def _add_products(onto: Tensor, x: Tensor, z: Tensor, cluster: Tensor) -> None:
+    """Add x zᵀ of every row to the slice of its cluster: onto (C, D, O), x (N, D), z (N, O)."""
+    for c in cluster.unique().tolist():
+        rows = cluster == c
+        onto[c].addmm_(x[rows].mT, z[rows])
 
 
 def _weighted(x: Tensor, weight: Tensor, like: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def record_routes(model: nn.Module, adapter_name: str | None = None) -> Iterator
         If the model has no such adapter.
     """
     name = single_adapter_name(model, adapter_name)
-    dispatchers = {tower: d for tower, d in dispatchers_of(model).items() if name in d.router_owners}
+    dispatchers = dispatchers_of(model, name)
     recordings: dict[str, list[Route]] = {tower: [] for tower in dispatchers}
     with ExitStack() as stack:
         for tower, dispatcher in dispatchers.items():

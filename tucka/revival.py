@@ -16,6 +16,7 @@ from torch.func import functional_call
 from .calibration import FeatureReader, as_found, device_of
 from .dispatch import Dispatcher
 from .model import dispatchers_of, layers_of, single_adapter_name
+from .processes import is_distributed
 from .routing import Route, Router
 from .scope import replaced
 
@@ -95,7 +96,7 @@ def revive(
     if samples < 1:
         raise ValueError(f"samples={samples} is not a number of routed units of at least 1")
     name = single_adapter_name(model, adapter_name)
-    dispatchers = {tower: d for tower, d in dispatchers_of(model).items() if name in d.router_owners}
+    dispatchers = dispatchers_of(model, name)
     for dispatcher in dispatchers.values():
         if dispatcher.router(name).awaits_start:
             raise ValueError(
@@ -256,7 +257,7 @@ def _agreement(chosen_N: Tensor, wanted_N: Tensor) -> float:
 
 def _from_first_process(plans: dict[str, _Plan]) -> dict[str, _Plan]:
     """The first process's plans in a distributed run: replicas must stay the same."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not is_distributed():
         return plans
     box = [plans]
     torch.distributed.broadcast_object_list(box, src=0)

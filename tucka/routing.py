@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import balance, ops
 from .config import TuckAConfig
 from .ops import safe_norm
+from .processes import from_first_process, is_distributed
 
 
 class Route(NamedTuple):
@@ -124,7 +125,7 @@ class Router(nn.Module):
         alone: bool = False,
     ) -> Tensor:  # (N, F)
         """Pool the router layer's input in the centroids' precision; `alone`: whatever other processes hold."""
-        synchronised = self.config.sync_route and not alone and _is_distributed()
+        synchronised = self.config.sync_route and not alone and is_distributed()
         reduce = _sum_over_processes if synchronised else _this_process
         with _no_autocast(x):
             keep = None if self.config.pool_padding else keep
@@ -202,8 +203,8 @@ class Router(nn.Module):
         fresh = (centroids, center, scale, spread.clamp_min(1e-3))
         for held, new in zip((self.centroids, self.center, self.scale, self.spread), fresh):
             if held is not None:
-                value = torch.where(self.initialised, held, new)
-                held.copy_(_from_first_process(value) if _is_distributed() else value)
+                value = torch.where(self.initialised, held, new)  # every process starts alike
+                held.copy_(from_first_process(value))
         self.initialised.fill_(True)
         self.awaits_start = False
 
@@ -245,17 +246,6 @@ class Router(nn.Module):
 
 def _this_process(total: Tensor) -> Tensor:
     return total
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _from_first_process(value: Tensor) -> Tensor:
-    """The first process's value: every process starts alike."""
-    value = value.contiguous()
-    torch.distributed.broadcast(value, 0)
-    return value
 
 
 def _sum_over_processes(total: Tensor) -> Tensor:

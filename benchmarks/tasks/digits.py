@@ -34,7 +34,7 @@ SHIFTS = {
 """The domains, and what each does to images (N, 1, 8, 8) of values from 0 to 1."""
 
 SIZE = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256)
-EPOCHS = {4: 10, 8: 5}
+EPOCHS = {4: 6, 8: 3}
 """Passes over the mixture by number of domains: as many steps for eight domains as for four."""
 
 
