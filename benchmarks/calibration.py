@@ -2,8 +2,8 @@
 
 Time: one process calibrates a model and trains it on the same batches, each several times in turn, and the ratio of the
 medians is the cost in training steps. Memory: the bytes that calibration holds beyond one batch, counted from the
-moments of every layer, beside the growth of the process's peak over that of plain training steps. The bytes depend on
-widths, ranks and experts and not on how many samples are read, so the count is made for any model from its shapes.
+moments of every layer, beside the peak of live tensors in calibration and in plain training steps. The bytes held depend
+on widths, ranks and experts and not on how many samples are read, so the count is made for any model from its shapes.
 
     python -m benchmarks.calibration time --width 384 --layers 6 --start gradient
     python -m benchmarks.calibration memory --width 1024 --layers 8 --start hosvd
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, logging
 
 import tucka
 from tucka.moments import FORMED_LIMIT
+
+from .live import LiveBytes
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VOCABULARY = 1000
@@ -103,29 +104,21 @@ def measure_time(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
-    """Peak of the process after training steps, and after a calibration on top of them."""
+    """Peak of live tensors, beyond the model, in training steps and in a calibration."""
     batches = new_batches(args)
-    config = new_config(args)
-    model = tucka.apply(new_model(args), config)
+    model = tucka.apply(new_model(args), new_config(args))
     model.train()
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    for batch in batches[:2]:
-        training_step(model, batch, optimiser)
-    del optimiser
-    before = peak_bytes(args.device)
-    tucka.initialize(model, batches, samples=args.samples, progress=False)
+    with LiveBytes() as training:
+        for batch in batches[:2]:
+            training_step(model, batch, optimiser)
+    with LiveBytes() as calibration:
+        tucka.initialize(model, batches, samples=args.samples, progress=False)
     return {
-        "peak_growth_MiB": (peak_bytes(args.device) - before) / 2**20,
-        "peak_of_training_MiB": before / 2**20,
+        "training_peak_MiB": training.peak / 2**20,
+        "calibration_peak_MiB": calibration.peak / 2**20,
         "arithmetic_MiB": held_bytes(args) / 2**20,
     }
-
-
-def peak_bytes(device: str) -> int:
-    """Largest memory so far: of the process on a CPU, of tensors on a device."""
-    if device == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return torch.accelerator.max_memory_allocated()
 
 
 def held_bytes(args: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from benchmarks import quality, report
 from benchmarks.arms import ABLATIONS, METHODS, arm_of, parse_settings, tucka_size
 from benchmarks.figures import draw_scores, mark_of
 from benchmarks.fitting import optimiser_groups
+from benchmarks.live import LiveBytes
 from benchmarks.results import COLUMNS, Store
 from benchmarks.selection import best_learning_rate, next_learning_rate
 from benchmarks.sizing import adapter_parameters, smallest_size
@@ -322,3 +323,17 @@ def test_a_task_without_its_file_says_what_to_give(work):
 
     with pytest.raises(ValueError, match="--sections"):
         sections.build(0, Options(work))
+
+
+def test_live_bytes_rise_and_fall_with_the_tensors():
+    kept = torch.zeros(1000)
+    with LiveBytes() as live:
+        a = kept + 1
+        b = a.view(10, 100) * 2
+        assert live.now == 8000
+        a.mul_(2)
+        del a
+        assert live.now == 4000
+        b.sum().item()
+    del b
+    assert live.now == 0 and 8000 <= live.peak <= 8100
