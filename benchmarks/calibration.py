@@ -2,7 +2,7 @@
 
 Time: one process calibrates a model and trains it on the same batches, each several times in turn, and the ratio of the
 medians is the cost in training steps. Memory: the bytes that calibration holds beyond one batch, counted from the
-moments of every layer, beside the peak of live tensors in calibration and in plain training steps. The bytes held depend
+moments of every layer, beside the peak of live tensors in calibration and in training steps. The bytes held depend
 on widths, ranks and experts and not on how many samples are read, so the count is made for any model from its shapes.
 
     python -m benchmarks.calibration time --width 384 --layers 6 --start gradient
