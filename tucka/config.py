@@ -62,10 +62,11 @@ class TuckAConfig(PeftConfig):
     affinity : {"paper", "cosine", "distance"}
         How a routing feature f is scored against the centroids c. "paper": σ(ℓ / ‖ℓ‖₂) over the T logits ℓ = c·f of a
         group. With ``t=1`` that is σ(±1): the router then receives no gradient and stays where it started.
-        The others read the standardised feature z = (f − μ) / σ, with the mean and the standard deviation of every
-        entry over the calibration. "cosine": softmax over all K·T experts of cos(z, c) / τ. "distance": softmax over
-        all K·T experts of −‖z − c‖² / (τ s²), with s² the mean squared distance of the calibration's z to the nearest
-        centroid: the posterior of a mixture of Gaussians of variance τ s² / 2 per entry.
+        The others read the scaled feature z = (f − μ) / √(σ σ̄), with the mean μ and the standard deviation σ of every
+        entry over the calibration, and σ̄ the root mean square of σ over the entries. "cosine": softmax over all K·T
+        experts of cos(z, c) / τ. "distance": softmax over all K·T experts of −‖z − c‖² / (τ s²), with s² the mean
+        squared distance of the calibration's z to the nearest centroid: the posterior of a mixture of Gaussians of
+        variance τ s² / 2 per entry.
     temperature : float
         τ of the cosine and distance affinities.
     pooling : {"mean", "mean_std"}
@@ -117,6 +118,8 @@ class TuckAConfig(PeftConfig):
         always-active expert and no route.
     rank_pattern : dict, optional
         Ranks of single layers: {regular expression: r}, matched as in PEFT's LoRA.
+    factor_owners : dict, optional
+        Written when a model is adapted, for readers of the file: layers, and the layer whose factors each shares.
     target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save, bias, init_weights
         As in PEFT; ``bias`` is "none", "all" or "tucka_only", and ``init_weights=False`` draws random experts.
 
@@ -159,6 +162,7 @@ class TuckAConfig(PeftConfig):
     modules_to_save: Optional[list[str]] = _help("Other modules to train and save whole.", None)
     bias: str = _help("Biases to train: 'none', 'all' or 'tucka_only'.", "none")
     init_weights: bool = _help("False draws random experts instead of a start.", True)
+    factor_owners: Optional[dict] = _help("Written by the library: layers, and whose factors each shares.", None)
     format_version: int = _help("Version of the file format.", FORMAT_VERSION)
 
     # Field names of adapters saved by the paper's published code: accepted, mapped and not kept.

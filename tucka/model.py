@@ -51,12 +51,14 @@ class TuckAModel(BaseTuner):
         """Add an adapter. All that can be refused is refused before the model is touched."""
         if adapter_name in RESERVED_NAMES:
             raise ValueError(f"an adapter cannot be called {adapter_name!r}: its tensors are called that in files")
-        config: Any = self.peft_config[adapter_name]
-        config = self._prepare_adapter_config(config, self.get_model_config(model))
+        given: Any = self.peft_config[adapter_name]
+        config: Any = self._prepare_adapter_config(given, self.get_model_config(model))
         if config.from_published_code:
             modernise_targets(config, model)
         names = None if state_dict is None else adapted_names_in(state_dict, self.prefix)
         self._plans: dict[str, LayerPlan] = plan_adapter(self, model, config, names)
+        borrowed = {name: plan.factors_of for name, plan in self._plans.items() if plan.factors_of is not None}
+        given.factor_owners = borrowed or None
         self._injected_into = model
         try:
             super().inject_adapter(

@@ -71,7 +71,7 @@ class Router(nn.Module):
         Names of the only layers whose input may feed this router.
     """
 
-    centroids: nn.Parameter  # (K T, F), of standardised features unless the affinity is the paper's
+    centroids: nn.Parameter  # (K T, F), of scaled features unless the affinity is the paper's
     initialised: Tensor  # () bool
     center: Optional[Tensor]  # (F,) mean feature of the calibration
     scale: Optional[Tensor]  # (F,) its standard deviation
@@ -189,13 +189,17 @@ class Router(nn.Module):
         self,
         feature: Tensor,  # (N, F)
     ) -> tuple[Tensor, Tensor]:  # (F,), (F,)
-        """What features are centred by and divided by; with the paper's affinity they stay as they are."""
+        """What features are centred by and divided by; with the paper's affinity they stay as they are.
+
+        The divisor is √(σ σ̄), with σ̄ the root mean square of all σ: half way between features as they are, where a few
+        wide entries decide, and standardised ones, where entries that hardly vary count as much as any.
+        """
         mean = feature.mean(0)
         if self.config.affinity == "paper":
             return torch.zeros_like(mean), torch.ones_like(mean)
         deviation = (feature - mean).square().mean(0).sqrt()
-        # An entry that hardly varies says nothing, and must not be blown up.
-        return mean, torch.maximum(deviation, 1e-2 * safe_norm(deviation) / len(deviation) ** 0.5).clamp_min(1e-6)
+        typical = (safe_norm(deviation) / len(deviation) ** 0.5).clamp_min(1e-6)
+        return mean, (torch.maximum(deviation, 1e-4 * typical) * typical).sqrt()
 
     def _write(self, centroids: Tensor, center: Tensor, scale: Tensor, spread: Tensor) -> None:
         """Write a start, unless whoever loaded the parameters wrote them past this module; the flag came along."""

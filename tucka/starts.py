@@ -69,7 +69,7 @@ def start_router_from(
 ) -> None:
     """Start a router by k-means; "kmeans_balanced" adds the bias that holds the routes to the balanced clusters.
 
-    The clusters are those of standardised features; with the cosine affinity, of their directions.
+    The clusters are those of scaled features; with the cosine affinity, of their directions.
 
     Raises
     ------

@@ -145,6 +145,11 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         """Core and factors as they act."""
         return self._acting_core(), self.factors
 
+    @property
+    def shared_slice(self) -> Tensor | None:
+        """The always-active slice as it acts, (R, R)."""
+        return None if self.shared_core is None else self._scaled(self.shared_core, (0, 1))
+
     def to_tensor(self) -> Tensor:
         """The formed experts (K, T, D, O), without the shared slice; for small layers and tests."""
         with tl.backend_context("pytorch", local_threadsafe=True):
@@ -159,7 +164,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
 
         With no route (None) it is the shared slice alone, (1, R, R).
         """
-        mix = self._acting_shared_core()
+        mix = self.shared_slice
         if group is not None and gates is not None:
             routed = ops.mix_experts(self._acting_core(), self.expert_factor, group, gates)
             if self.normalize:
@@ -249,9 +254,6 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
 
     def _acting_core(self) -> Tensor:
         return self._scaled(self.core, (1, 2, 3))
-
-    def _acting_shared_core(self) -> Tensor | None:
-        return None if self.shared_core is None else self._scaled(self.shared_core, (0, 1))
 
     def _scaled(self, core: Tensor, dim: tuple[int, ...]) -> Tensor:
         """A core as it acts, given the modes of one group's part of it."""
