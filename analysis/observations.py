@@ -55,11 +55,14 @@ class RoutingObservation(NamedTuple):
 
     Attributes
     ----------
+    router : str
+        Name of the layer that holds the router.
     features : ndarray, (N, F)
     group : ndarray, (N,)
     gates : ndarray, (N, T)
     """
 
+    router: str
     features: np.ndarray
     group: np.ndarray
     gates: np.ndarray
@@ -100,6 +103,7 @@ def observe(
     Parameters
     ----------
     model : PeftModel
+        An adapted model.
     batches : iterable
         Batches that the model takes.
     samples : int
@@ -119,6 +123,7 @@ def observe(
     """
     name = single_adapter_name(model, adapter_name)
     adapter, layers = adapter_of(model, name), [layer for layer in layers_of(model) if name in layer.tucka_experts]
+    dispatchers = dispatchers_of(model, name)
     gathered = {layer.name: _Gathered(adapter.layer(layer.name)) for layer in layers}
     routes: dict[str, list[tuple[Tensor, Route]]] = {}
     found_labels: list[np.ndarray] = []
@@ -141,7 +146,7 @@ def observe(
     return Observations(
         adapter,
         {layer: part.result() for layer, part in gathered.items() if part.total},
-        {tower: _routing(pairs) for tower, pairs in routes.items()},
+        {tower: _routing(dispatchers[tower].router_owners[name].name, pairs) for tower, pairs in routes.items()},
         np.concatenate(found_labels) if found_labels else None,
     )
 
@@ -229,13 +234,11 @@ def _listen(
         run_batch(model, batch, device_of(model))
 
 
-def _routing(pairs: list[tuple[Tensor, Route]]) -> RoutingObservation:
-    features, routes = zip(*pairs)
-    gates = [route.gates for route in routes if route.gates is not None]
-    parts = (features, [route.group for route in routes], gates)
-    return RoutingObservation(*(torch.cat(list(part)).cpu().double().numpy() for part in parts))._replace(
-        group=torch.cat([route.group for route in routes]).cpu().numpy()
-    )
+def _routing(router: str, pairs: list[tuple[Tensor, Route]]) -> RoutingObservation:
+    features = torch.cat([feature for feature, _ in pairs]).cpu().double()
+    group = torch.cat([route.group for _, route in pairs]).cpu()
+    gates = torch.cat([route.gates for _, route in pairs if route.gates is not None]).cpu().double()
+    return RoutingObservation(router, features.numpy(), group.numpy(), gates.numpy())
 
 
 class _Gathered:
@@ -251,7 +254,7 @@ class _Gathered:
     def add(self, x: Tensor, z: Tensor, sample: Tensor, route: Route | None) -> None:
         """Add rows x (n, D) and z (n, D or O) of samples (n,), at the route of the batch (None: one expert alone)."""
         precise = torch.promote_types(x.dtype, torch.float32)
-        place = dict(device=x.device, dtype=precise)
+        place: Any = dict(device=x.device, dtype=precise)
         layer, output_gram = self.layer, (self.layer.output_factor.mT @ self.layer.output_factor).to(**place)
         projected_nR = x.to(precise) @ layer.input_factor.to(**place)
         size_n = torch.linalg.vector_norm(z.to(precise), dim=-1).clamp_min(torch.finfo(precise).tiny)
@@ -266,12 +269,10 @@ class _Gathered:
             group, gates = group_n[rows], gates_nT[rows].to(precise)
             gated_nTR = torch.einsum("nq,ntqr,nt->ntr", projected_nR[rows], slices[group], gates) * layer.alpha
             whole_nR = gated_nTR.sum(1) + layer.alpha * projected_nR[rows] @ shared
-            self._count(
-                group, _sizes(gated_nTR, output_gram) / size_n[rows, None], _sizes(whole_nR, output_gram) / size_n[rows]
-            )
+            sizes_nT, sizes_n = _sizes(gated_nTR, output_gram), _sizes(whole_nR, output_gram)
+            self._count(group.cpu(), sizes_nT / size_n[rows, None], sizes_n / size_n[rows])
 
     def _count(self, group: Tensor, experts_nT: Tensor, whole_n: Tensor) -> None:
-        group = group.cpu()
         self.rows.index_add_(0, group, torch.ones(len(group)).double())
         self.groups.index_add_(0, group, whole_n.cpu().double())
         self.experts.index_add_(0, group, experts_nT.cpu().double())

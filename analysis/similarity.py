@@ -175,7 +175,9 @@ def _orthonormal(layer: LayerExperts, side: str) -> Tensor:  # (D or O, R)
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """L with L Lᵀ = Σ, also for a singular Σ."""
+    """L with L Lᵀ = Σ, also for a singular Σ; NaN for one that is not finite."""
+    if not covariance.isfinite().all():
+        return torch.full_like(covariance, torch.nan)
     values, vectors = torch.linalg.eigh(covariance)
     return vectors * values.clamp_min(0).sqrt()
 

@@ -180,7 +180,8 @@ def _tap_input(layer: TuckALayer, gradients: bool, listener: Listener) -> Remova
         _tell(listener, layer, x, x, _rows(layer, x))
         return None
 
-    return layer.get_base_layer().register_forward_pre_hook(hook)
+    # On the layer itself: its base layer is given the updated input.
+    return layer.register_forward_pre_hook(hook)
 
 
 def _tap_output(layer: TuckALayer, gradients: bool, listener: Listener) -> RemovableHandle:

@@ -141,8 +141,7 @@ def show_groups(ax: Axes, palette: dict[Any, str], handles: Sequence[Artist], ot
         legend_beside(ax, [*handles, *others], title="group")
         return
     color_scale(ax, list(palette.values()), [short_name(group) for group in palette], "group")
-    if others:
-        ax.legend(handles=list(others), loc="best")
+    legend_over(ax, others)
 
 
 def legend_beside(ax: Axes, handles: Sequence[Artist], title: str | None = None) -> None:
@@ -150,6 +149,12 @@ def legend_beside(ax: Axes, handles: Sequence[Artist], title: str | None = None)
     columns = 1 + (len(handles) - 1) // 16
     place: dict[str, Any] = dict(loc="upper left", bbox_to_anchor=(1.02, 1.0), borderaxespad=0.0)
     ax.legend(handles=list(handles), title=title, ncols=columns, alignment="left", **place)
+
+
+def legend_over(ax: Axes, handles: Sequence[Artist]) -> None:
+    """Put a legend, if there is something to explain, inside axes that have a colour bar at their side."""
+    if handles:
+        ax.legend(handles=list(handles), loc="best", frameon=True, edgecolor="none", framealpha=0.8)
 
 
 def color_scale(ax: Axes, colors: Sequence[str], names: Sequence[str], label: str, most: int = 9) -> None:
@@ -196,24 +201,34 @@ def bare(ax: Axes) -> None:
     ax.tick_params(length=0)
 
 
-def name_ticks(axis: Axis, positions: Sequence[float], names: Sequence[str], upright: bool = False) -> None:
-    """Label positions of an axis, in their order, leaving out those that would run into the one before.
+def name_ticks(axis: Axis, positions: Sequence[float], names: Sequence[str]) -> None:
+    """Label positions of an axis, leaving out labels that would run into the one before.
 
-    `upright` turns the labels of a horizontal axis by 90°.
+    Words below an axis are turned by 90° rather than left out.
     """
-    coordinates = axis.get_transform().transform(np.asarray(positions, dtype=float))
-    low, high = sorted(axis.get_transform().transform(np.asarray(axis.get_view_interval())))
-    across = isinstance(axis, XAxis) and not upright
-    characters = max(map(len, names)) * 0.62 + 0.8 if across else 1.15
-    room = characters * tick_size(axis) / axis_length(axis) * ((high - low) or 1.0)
-    kept: list[int] = []
-    for index in np.argsort(coordinates):
-        if not kept or coordinates[index] - coordinates[kept[-1]] >= room:
-            kept.append(int(index))
+    across = isinstance(axis, XAxis)
+    turned = across and len(_apart(axis, positions, names)) < len(names) and not all(map(str.isdecimal, names))
+    kept = _apart(axis, positions, names, turned)
     axis.set_ticks([positions[index] for index in kept], [names[index] for index in kept])
     axis.set_ticks([], minor=True)
-    if upright:
+    if turned:
         axis.set_tick_params(rotation=90)
+
+
+def _apart(axis: Axis, positions: Sequence[float], names: Sequence[str], turned: bool = False) -> list[int]:
+    """Return which labels of an axis have room beside each other, in the order of their positions."""
+    transform = axis.get_transform()
+    places = transform.transform(np.asarray(positions, dtype=float))
+    low, high = sorted(transform.transform(np.asarray(axis.get_view_interval())))
+    across = isinstance(axis, XAxis) and not turned
+    # Names and legends at the sides will take part of a width.
+    room = (max(map(len, names)) * 0.62 + 0.6) / 0.75 if across else 1.15
+    room *= tick_size(axis) / axis_length(axis) * ((high - low) or 1.0)
+    kept: list[int] = []
+    for index in np.argsort(places):
+        if not kept or places[index] - places[kept[-1]] >= room:
+            kept.append(int(index))
+    return kept
 
 
 def axis_length(axis: Axis) -> float:
@@ -236,7 +251,7 @@ def short_layers(names: Iterable[Any], limit: int = 22) -> list[str]:
     """
     parts = [str(name).split(".") for name in names]
     if len(parts) == 1:
-        return [_last_parts(parts[0], limit)]
+        return [_last_parts(parts[0], max(limit, 24))]
     shared = 0
     while all(len(part) > shared + 1 and part[shared] == parts[0][shared] for part in parts):
         shared += 1

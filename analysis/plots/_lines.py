@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -11,18 +12,31 @@ from matplotlib.axis import Axis, XAxis
 from matplotlib.container import ErrorbarContainer
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from analysis.plots._frame import name_ticks
+from analysis.plots._frame import axis_length, name_ticks, tick_size
 from analysis.styles import group_colors
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 MARK = "0.35"
 """Grey of reference lines and remarks."""
+_STEPS = ((1.0, 2.0, 5.0), (1.0, 3.0))
+"""Ticks within a power of ten, the denser ones first."""
 
 
 def looks(names: list[Any]) -> dict[Any, dict[str, Any]]:
     """Give every name a colour and a marker, so that a pair differs even where the colours are alike in grey."""
     colors = group_colors(len(names))
     return {name: dict(color=colors[i], marker=MARKERS[i % len(MARKERS)]) for i, name in enumerate(names)}
+
+
+def thin(share: float = 0.6) -> float:
+    """Return a width below that of the lines of the style, for many lines or for those that are not data."""
+    return share * float(mpl.rcParams["lines.linewidth"])
+
+
+def sparse(index: int, points: int) -> dict[str, Any]:
+    """Return a marker for the line of that number, at some of its points, so that lines differ in grey too."""
+    step = max(1, points // 8)
+    return dict(marker=MARKERS[index % len(MARKERS)], markevery=(min(index, step - 1, points - 1), step))
 
 
 def curve(ax: Axes, rows: pd.DataFrame, x: str, label: str, look: dict[str, Any]) -> ErrorbarContainer:
@@ -49,10 +63,13 @@ def engineering(axis: Axis, values: np.ndarray) -> None:
     axis.axes.set(**{"xscale" if isinstance(axis, XAxis) else "yscale": "log"})
     known = values[np.isfinite(values) & (values > 0)]
     decades = np.log10(known.max() / known.min()) if len(known) else 0.0
+    # A label is up to four characters wide, and names and legends at the sides will take part of a width.
+    room = axis_length(axis) / tick_size(axis) / (4.5 if isinstance(axis, XAxis) else 2.5)
     if 0 < decades < 0.7:
         axis.set_major_locator(MaxNLocator(4))
     else:
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2.5 else (1.0,), numticks=12))
+        steps = next((steps for steps in _STEPS if len(steps) * decades + 1 <= room), (1.0,))
+        axis.set_major_locator(LogLocator(subs=steps, numticks=12))
     axis.set_major_formatter(EngFormatter(sep=""))
     axis.set_minor_formatter(NullFormatter())
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from analysis.plots._frame import axes_or_new, checked, group_palette, say_no_values, show_groups
-from analysis.plots._lines import MARK, percent
+from analysis.plots._lines import MARK, percent, sparse, thin
 from analysis.styles import PALETTE
 
 
@@ -26,7 +26,7 @@ def load_over_time(history: pd.DataFrame, ax: Axes | None = None) -> Axes:
     Returns
     -------
     Axes
-        A line for each group, then the dashed line at 1/K; shares in percent, from 0.
+        A line with some markers for each group, then the dashed line at 1/K; shares in percent, from 0.
 
     Raises
     ------
@@ -44,16 +44,14 @@ def load_over_time(history: pd.DataFrame, ax: Axes | None = None) -> Axes:
         return ax
     palette, lines = group_palette(history["group"]), []
     k = len(palette)
-    width = None if k <= len(PALETTE) else 0.7
-    for group, color in palette.items():
-        rows = history[history["group"] == group].sort_values("step")
-        lines += ax.plot(
-            rows["step"], rows["share"], color=color, marker="o" if len(rows) == 1 else "", linewidth=width
-        )
-    ideal = ax.axhline(1 / k, color=MARK, linestyle="--", linewidth=1.0, label=f"even: 1/{k}")
+    for index, (group, color) in enumerate(palette.items()):
+        rows = history[history["group"] == group].dropna().sort_values("step")
+        look = sparse(index, len(rows)) if k <= len(PALETTE) else dict(linewidth=thin())
+        lines += ax.plot(rows["step"], rows["share"], color=color, **look)
+    ideal = ax.axhline(1 / k, color=MARK, linestyle="--", linewidth=thin(0.9), label=f"even: 1/{k}")
     top = np.nanmax(history["share"])
     ax.set_ylim(0, min(1.02, 1.08 * max(top, 1 / k)))
     percent(ax.yaxis)
-    ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+    ax.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     show_groups(ax, palette, lines, [ideal])
     return ax

@@ -11,16 +11,14 @@ from matplotlib.lines import Line2D
 
 from analysis.plots._frame import (
     axes_or_new,
-    axis_length,
     checked,
     group_palette,
     name_ticks,
     say_no_values,
     short_layers,
     show_groups,
-    tick_size,
 )
-from analysis.plots._lines import MARKERS, percent
+from analysis.plots._lines import MARK, MARKERS, percent, thin
 from analysis.styles import PALETTE
 
 _MOST_BARS = 12
@@ -56,8 +54,7 @@ def activation_movement(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     layers = list(dict.fromkeys(table["layer"]))
     ax = axes_or_new(ax)
     few = table["group"].nunique() <= len(PALETTE)
-    shown = "mean and range" if few else "mean"
-    ax.set(xlabel="layer", ylabel=f"movement ‖x′−x‖ / ‖x‖\n({shown} over experts)")
+    ax.set(xlabel="layer", ylabel="movement\n‖x′−x‖ / ‖x‖")
     if table["movement"].isna().all():
         say_no_values(ax)
         return ax
@@ -73,10 +70,8 @@ def activation_movement(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_xlim(-0.6, len(layers) - 0.4)
     ax.set_ylim(bottom=0)
     percent(ax.yaxis)
-    names = short_layers(layers)
-    upright = max(map(len, names)) * len(names) > _room(ax)
-    name_ticks(ax.xaxis, range(len(layers)), short_layers(layers, 16) if upright else names, upright)
-    show_groups(ax, palette, lines)
+    name_ticks(ax.xaxis, range(len(layers)), short_layers(layers, 16))
+    show_groups(ax, palette, lines, [Line2D([], [], color=MARK, label="range over\nexperts")] if few else [])
     return ax
 
 
@@ -89,10 +84,5 @@ def _draw_group(
         ax.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
     elif marker:
         ax.vlines(x, low, high, color=color)
-    look: dict[str, Any] = dict(linewidth=0.8, markersize=2.5) if wide else {}
+    look: dict[str, Any] = dict(linewidth=thin(0.7), markersize=2.5 * thin(1.0)) if wide else {}
     return ax.plot(x, mean, color=color, marker=marker, **look)[0]
-
-
-def _room(ax: Axes) -> float:
-    """Return how many characters the horizontal axis has room for."""
-    return axis_length(ax.xaxis) / (0.7 * tick_size(ax.xaxis))

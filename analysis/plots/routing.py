@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap, to_rgb
@@ -109,7 +110,7 @@ def _draw_points(
     """Scatter the points, one marker after the other, and return the marker of each label, if they have one."""
     names = ordered(kinds)
     markers = dict(zip(names, _LABEL_MARKERS)) if len(names) <= len(_LABEL_MARKERS) else dict.fromkeys(names, "o")
-    size = float(np.clip(6000 / len(points), 5, 26))
+    size = mpl.rcParams["lines.markersize"] ** 2 * float(np.clip(300 / len(points), 0.3, 1))
     shown = np.isfinite(points).all(axis=1)
     for marker in dict.fromkeys(markers.values()):
         rows = [i for i, kind in enumerate(kinds) if markers[kind] == marker and shown[i]]

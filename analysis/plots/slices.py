@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 
 from analysis.plots._frame import (
     axes_or_new,
+    axis_length,
     bare,
     finite,
     name_ticks,
@@ -20,6 +21,7 @@ from analysis.plots._frame import (
     short_name,
     signed_bar,
     signed_scale,
+    tick_size,
 )
 
 _GAP = 0.12
@@ -84,8 +86,8 @@ def core_slices(
     # Square slices, unless a stack of them would be too thin to see.
     ax.set_aspect("equal" if p <= 4 * columns else "auto")
     ax.set(xlim=(-_GAP, columns * _STEP), ylim=(tops[-1] + p * _STEP, -_GAP - head))
-    rows = [(top + j * _STEP + 0.5, str(j)) for top in tops for j in range(p)]
-    name_ticks(ax.yaxis, *zip(*rows))
+    middles = [top + j * _STEP + 0.5 for top in tops for j in range(p)]
+    name_ticks(ax.yaxis, middles, [str(j) for j in range(p)] * len(tops))
     name_ticks(ax.xaxis, [i * _STEP + 0.5 for i in range(columns)], names[:columns])
     if columns < k:
         _name_above(ax, names, columns, tops)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,10 +11,19 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from analysis.plots._frame import axes_or_new, checked, color_scale, legend_beside, say_no_values, short_layers
-from analysis.plots._lines import MARK
+from analysis.plots._frame import (
+    axes_or_new,
+    checked,
+    color_scale,
+    legend_beside,
+    legend_over,
+    say_no_values,
+    short_layers,
+)
+from analysis.plots._lines import MARK, sparse, thin
 from analysis.styles import PALETTE, group_colors
 
+_CHOSEN: dict[str, Any] = dict(marker="o", linestyle="none", markeredgecolor="black", zorder=3)
 _LOWEST = 1e-8
 """Values below this share of the largest are noise of float32 and left below the axes."""
 
@@ -42,7 +52,7 @@ def spectrum(
     Returns
     -------
     Axes
-        A line for each layer in the order of the table, named in a legend, or by a colour bar if there are more than
+        A line for each layer in the order of the table, with some markers and named in a legend, or by a colour bar if there are more than
         eight layers. The vertical axis is logarithmic and reaches down to 1e-8 at most.
 
     Raises
@@ -67,12 +77,12 @@ def spectrum(
         return ax
     handles, names, colors = [], short_layers(curves), group_colors(len(curves))
     many = len(curves) > len(PALETTE)
-    for (layer, (index, values)), name, color in zip(curves.items(), names, colors):
-        marker = "." if len(index) == 1 else ""
-        handles += ax.plot(index, values, color=color, label=name, marker=marker, linewidth=0.7 if many else None)
+    for number, (layer, (index, values)) in enumerate(curves.items()):
+        look = dict(linewidth=thin()) if many else sparse(number, len(index))
+        handles += ax.plot(index, values, color=colors[number], label=names[number], **look)
         if isinstance(chosen, Mapping) and layer in ranks:
             known = index == ranks[layer]
-            ax.plot(index[known], values[known], "o", color=color, markeredgecolor="white", zorder=3)
+            ax.plot(index[known], values[known], **_CHOSEN, markerfacecolor=colors[number])
     ax.set_yscale("log")
     ax.set_ylim(bottom=max(ax.get_ylim()[0], _LOWEST))
     ax.set_xlim(left=max(ax.get_xlim()[0], 0.5))
@@ -108,8 +118,8 @@ def _mark(ax: Axes, chosen: int | Mapping[str, int] | None) -> list[Line2D]:
     if chosen is None:
         return []
     if isinstance(chosen, Mapping):
-        return [Line2D([], [], color=MARK, marker="o", linestyle="none", label="chosen rank")]
-    return [ax.axvline(chosen, color=MARK, linestyle="--", label=f"chosen rank {chosen}")]
+        return [Line2D([], [], **_CHOSEN, markerfacecolor="white", label="chosen rank")]
+    return [ax.axvline(chosen, color=MARK, linestyle="--", linewidth=thin(0.9), label=f"chosen rank {chosen}")]
 
 
 def _explain(ax: Axes, layers: list[Line2D], marks: list[Line2D], colors: list[str], names: list[str]) -> None:
@@ -118,5 +128,4 @@ def _explain(ax: Axes, layers: list[Line2D], marks: list[Line2D], colors: list[s
         legend_beside(ax, [*layers, *marks])
         return
     color_scale(ax, colors, names, "layer", most=5)
-    if marks:
-        ax.legend(handles=marks, loc="best")
+    legend_over(ax, marks)

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis.plots._frame import axes_or_new, checked, legend_beside, say_no_values
-from analysis.plots._lines import MARK, curve, engineering, looks
+from analysis.plots._lines import MARK, curve, engineering, looks, thin
 
 
 def trade_off(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -19,7 +19,8 @@ def trade_off(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ----------
     table : DataFrame
         Columns method; parameters, the number trained; score, a mean over seeds, in the unit of the caller; error, its
-        standard error, or NaN; seeds, how many; front, whether no other row has a higher score with as few parameters.
+        standard error, or NaN; seeds, how many, or NaN; front, whether no other row has a higher score with as few
+        parameters.
     ax : Axes, optional
         Where to draw; a new figure by default.
 
@@ -27,7 +28,8 @@ def trade_off(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     -------
     Axes
         A curve with markers for each method with a band of ± 1 standard error (an error bar for a method of one
-        size), then the front as a dashed step line to the largest size; parameters on a logarithmic axis in thousands and millions.
+        size), then the front as a dashed step line to the largest size; parameters on a logarithmic axis in thousands
+        and millions.
 
     Raises
     ------
@@ -38,20 +40,23 @@ def trade_off(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     if (table["parameters"] <= 0).any():
         raise ValueError(f"column 'parameters' of table is positive, found {table['parameters'].min():g}")
     ax = axes_or_new(ax)
-    ax.set(xlabel="trained parameters", ylabel="score (mean ± 1 s.e.)")
+    varied = table["seeds"].nunique() > 1
+    seeds = "" if varied or table["seeds"].isna().all() else f", {_seeds(table['seeds'])}"
+    ax.set(xlabel="trained parameters", ylabel=f"score (mean ± 1 s.e.{seeds})")
     if not np.isfinite(table[["parameters", "score"]]).all(axis=1).any():
         say_no_values(ax)
         return ax
     handles: list[Any] = []
     for method, look in looks(list(dict.fromkeys(table["method"]))).items():
         rows = table[table["method"] == method]
-        handles.append(curve(ax, rows, "parameters", f"{method}{_seeds(rows['seeds'])}", look))
+        seeds = f" ({_seeds(rows['seeds'])})" if varied and rows["seeds"].notna().any() else ""
+        handles.append(curve(ax, rows, "parameters", f"{method}{seeds}", look))
     front = table[table["front"].astype(bool) & np.isfinite(table["score"])].sort_values("parameters")
     if len(front) and front["parameters"].iloc[-1] < table["parameters"].max():
         # More parameters than the last of the front buy nothing.
         front = pd.concat([front, front.tail(1).assign(parameters=table["parameters"].max())])
     if len(front) > 1:
-        line: dict[str, Any] = dict(color=MARK, linestyle="--", linewidth=1.0, zorder=1)
+        line: dict[str, Any] = dict(color=MARK, linestyle="--", linewidth=thin(0.9), zorder=1)
         handles += ax.step(front["parameters"], front["score"], where="post", label="Pareto front", **line)
     engineering(ax.xaxis, table["parameters"].to_numpy())
     legend_beside(ax, handles)
@@ -59,9 +64,6 @@ def trade_off(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def _seeds(seeds: pd.Series) -> str:
-    """Return how many seeds the means of a method are over, as a remark after its name."""
-    known = seeds.dropna()
-    if known.empty:
-        return ""
-    low, high = int(known.min()), int(known.max())
-    return f" (n = {low})" if low == high else f" (n = {low}–{high})"
+    """Return how many seeds means are over, at least one of which is known."""
+    low, high = int(seeds.min()), int(seeds.max())
+    return f"n = {low}" if low == high else f"n = {low}–{high}"

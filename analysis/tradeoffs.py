@@ -1,0 +1,154 @@
+"""Score against size: tables of runs, Pareto fronts, and how methods' parameters grow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from tucka import TuckAConfig
+
+from .parameters import LayerShape, count
+
+GROWTH: dict[str, Mapping[str, Any]] = {
+    "lora": {"r": 8},
+    "dora": {"r": 8},
+    "vera": {"r": 256},
+    "hra": {"r": 8},
+    "oft": {"block_size": 32},
+}
+"""Sizes at which the growth of PEFT's methods is shown: PEFT's defaults."""
+
+
+def trade_off(
+    runs: pd.DataFrame,
+    method: str = "method",
+    parameters: str = "parameters",
+    score: str = "score",
+) -> pd.DataFrame:
+    """Average runs that agree in method and size, and mark the Pareto front.
+
+    Parameters
+    ----------
+    runs : DataFrame
+        One row per run; a run without a score (it failed) does not count.
+    method, parameters, score : str
+        Its columns. A higher score is better.
+
+    Returns
+    -------
+    DataFrame
+        Columns ``method``, ``parameters``, ``score`` (mean), ``error`` (standard error; NaN for one run), ``seeds``
+        and ``front``; sorted by size.
+
+    Raises
+    ------
+    ValueError
+        If a column is missing, or no run has a score.
+    """
+    missing = [name for name in (method, parameters, score) if name not in runs]
+    if missing:
+        raise ValueError(f"runs lack the columns {', '.join(missing)}; they have {', '.join(map(str, runs.columns))}")
+    scored = runs[np.isfinite(runs[score].astype(float))]
+    if scored.empty:
+        raise ValueError(f"none of {len(runs)} runs has a finite {score}")
+    groups = scored.groupby([method, parameters], sort=False)[score]
+    table = groups.agg(score="mean", error="sem", seeds="count").reset_index()
+    table = table.rename(columns={method: "method", parameters: "parameters"})
+    table = table.sort_values(["parameters", "score"], ascending=[True, False], ignore_index=True)
+    return table.assign(front=pareto_front(table["parameters"].to_numpy(), table["score"].to_numpy()))
+
+
+def pareto_front(
+    parameters: Sequence[float] | np.ndarray,  # (N,)
+    score: Sequence[float] | np.ndarray,  # (N,)
+) -> np.ndarray:  # (N,) bool
+    """Points that no point of at most their size outscores, nor a smaller one equals."""
+    parameters, score = np.asarray(parameters, dtype=float), np.asarray(score, dtype=float)
+    if parameters.shape != score.shape:
+        raise ValueError(f"every point has a size and a score, got {parameters.shape} and {score.shape}")
+    smaller, same = parameters[:, None] > parameters, parameters[:, None] == parameters
+    beaten = (smaller & (score[:, None] <= score)) | (same & (score[:, None] < score))
+    return ~beaten.any(1) & np.isfinite(score)
+
+
+def expert_counts(runs: pd.DataFrame, series: str | None = None, score: str = "score") -> pd.DataFrame:
+    """Average the score of runs by their number of experts K·T, from columns ``k`` and ``t``.
+
+    Returns columns ``experts``, ``score``, ``error``, ``seeds`` and, with `series`, a column ``series`` that says
+    "<column>=<value>".
+    """
+    missing = [name for name in ("k", "t", score, series) if name is not None and name not in runs]
+    if missing:
+        raise ValueError(f"runs lack the columns {', '.join(missing)}; they have {', '.join(map(str, runs.columns))}")
+    table = runs.assign(experts=runs["k"].astype(int) * runs["t"].astype(int))
+    by = ["experts"]
+    if series is not None:
+        table["series"] = [f"{series}={value}" for value in table[series]]
+        by = ["series", "experts"]
+    table = table[np.isfinite(table[score].astype(float))]
+    return table.groupby(by, sort=True)[score].agg(score="mean", error="sem", seeds="count").reset_index()
+
+
+def parameter_scaling(
+    against: str,
+    values: Iterable[int],
+    *,
+    config: TuckAConfig | None = None,
+    layers: int = 24,
+    width: int = 1024,
+    r: int = 8,
+) -> pd.DataFrame:
+    """Trainable parameters of every method on square layers, as their width or the number of experts grows.
+
+    Parameters
+    ----------
+    against : {"width", "experts"}
+        What grows: the layers' features D = O, or K·T (as K groups of the config's T). With "experts", methods without
+        experts stay level, and "one LoRA per expert" is what as many separate LoRAs of rank r train.
+    values : iterable of int
+        Widths, or numbers of experts, which are multiples of T.
+    config : TuckAConfig, optional
+        TuckA's settings; default: the library's defaults.
+    layers, width, r : int
+        How many layers, how wide where `against` is "experts", and the rank of separate LoRAs.
+
+    Returns
+    -------
+    DataFrame
+        Columns ``method``, ``x`` and ``parameters``.
+
+    Raises
+    ------
+    ValueError
+        If `against` is neither, or a number of experts is no multiple of T.
+    """
+    if against not in ("width", "experts"):
+        raise ValueError(f"against is 'width' or 'experts', got {against!r}")
+    config = TuckAConfig() if config is None else config
+    lines = []
+    for value in values:
+        size, own = (value, config) if against == "width" else (width, _with_experts(config, value))
+        shapes = [LayerShape(f"block.{index}.linear", size, size) for index in range(layers)]
+        counted = {method: count(shapes, method, **hyper).total for method, hyper in GROWTH.items()}
+        if against == "experts":
+            counted["one LoRA per expert"] = value * count(shapes, "lora", r=r).total
+        counted["tucka"] = count(shapes, "tucka", config=own).total
+        lines += [(method, value, parameters) for method, parameters in counted.items()]
+    return pd.DataFrame(lines, columns=["method", "x", "parameters"])
+
+
+def _with_experts(config: TuckAConfig, experts: int) -> TuckAConfig:
+    if experts < 1 or experts % config.t:
+        raise ValueError(f"{experts} experts are no multiple of t={config.t}")
+    plain = {name: getattr(config, name) for name in TuckAConfig.__dataclass_fields__ if name in _SIZES}
+    return TuckAConfig(**{**plain, "k": experts // config.t})
+
+
+_SIZES = (
+    "r", "t", "p", "alpha", "pooling", "normalize", "form", "tie_factors", "share_factors", "shared_expert",
+    "trainable", "affinity", "init_router", "init_experts",
+)  # fmt: skip
+"""Fields that sizes depend on, and those that must fit them."""
