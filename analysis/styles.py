@@ -20,7 +20,7 @@ PALETTE: tuple[str, ...] = (
     "#F0E442",  # yellow
     "#CC79A7",  # reddish purple
 )
-"""The eight colours of Okabe and Ito, ordered so that neighbours, and the first four among themselves, differ by 12 or
+"""The eight colours of Okabe and Ito, ordered so that neighbours, and the first four among themselves, differ by 11 or
 more in CIE lightness, which keeps them apart in grey."""
 
 DIVERGING = "RdBu_r"

@@ -201,21 +201,21 @@ def bare(ax: Axes) -> None:
     ax.tick_params(length=0)
 
 
-def name_ticks(axis: Axis, positions: Sequence[float], names: Sequence[str]) -> None:
+def name_ticks(axis: Axis, positions: Sequence[float] | np.ndarray, names: Sequence[str]) -> None:
     """Label positions of an axis, leaving out labels that would run into the one before.
 
     Words below an axis are turned by 90° rather than left out.
     """
     across = isinstance(axis, XAxis)
-    turned = across and len(_apart(axis, positions, names)) < len(names) and not all(map(str.isdecimal, names))
-    kept = _apart(axis, positions, names, turned)
+    turned = across and len(apart(axis, positions, names)) < len(names) and not all(map(str.isdecimal, names))
+    kept = apart(axis, positions, names, turned)
     axis.set_ticks([positions[index] for index in kept], [names[index] for index in kept])
     axis.set_ticks([], minor=True)
     if turned:
         axis.set_tick_params(rotation=90)
 
 
-def _apart(axis: Axis, positions: Sequence[float], names: Sequence[str], turned: bool = False) -> list[int]:
+def apart(axis: Axis, positions: Sequence[float] | np.ndarray, names: Sequence[str], turned: bool = False) -> list[int]:
     """Return which labels of an axis have room beside each other, in the order of their positions."""
     transform = axis.get_transform()
     places = transform.transform(np.asarray(positions, dtype=float))

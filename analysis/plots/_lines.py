@@ -12,7 +12,7 @@ from matplotlib.axis import Axis, XAxis
 from matplotlib.container import ErrorbarContainer
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from analysis.plots._frame import axis_length, name_ticks, tick_size
+from analysis.plots._frame import apart, axis_length, name_ticks, tick_size
 from analysis.styles import group_colors
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
@@ -75,9 +75,12 @@ def engineering(axis: Axis, values: np.ndarray) -> None:
 
 
 def doubling(ax: Axes, values: np.ndarray) -> None:
-    """Make the horizontal axis logarithmic to base 2, with ticks at the values themselves."""
+    """Make the horizontal axis logarithmic to base 2, with ticks at the values, or at the powers of 2 among many."""
     known = np.unique(values[np.isfinite(values) & (values > 0)])
     ax.set_xscale("log", base=2)
     if len(known):
         ax.set_xlim(known[0] / 2**0.25, known[-1] * 2**0.25)
-        name_ticks(ax.xaxis, list(known), [f"{value:g}" for value in known])
+        powers = known[np.log2(known) % 1 == 0]
+        if len(powers) > 1 and len(apart(ax.xaxis, known, list(map("{:g}".format, known)))) < len(known):
+            known = powers
+        name_ticks(ax.xaxis, known, list(map("{:g}".format, known)))

@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap, to_rgb
 from matplotlib.font_manager import FontProperties
@@ -38,7 +39,8 @@ def router_map(routes: Any, *, labels: Sequence[Any] | np.ndarray | None = None,
         projection; explained, the shares of variance of both axes or None; regions, None or an object or tuple of
         x (G,), y (G,) and group (G, G), where group[i, j] is the choice at (x[j], y[i]).
     labels : sequence of length N, optional
-        Class, domain or task of every sample, shown by the marker if there are at most six.
+        Class, domain or task of every sample, shown by the marker if there are at most six; a missing one
+        is "unknown".
     ax : Axes, optional
         Where to draw; a new figure by default.
 
@@ -58,7 +60,7 @@ def router_map(routes: Any, *, labels: Sequence[Any] | np.ndarray | None = None,
     if points.shape[1] != 2 or centroids.shape[1] != 2 or len(groups) != len(points):
         found = f"{points.shape}, {centroids.shape} and ({len(groups)},)"
         raise ValueError(f"points is (N, 2), centroids is (K·T, 2) and groups is (N,), got {found}")
-    kinds = [None] * len(groups) if labels is None else list(labels)
+    kinds = [None] * len(groups) if labels is None else ["unknown" if pd.isna(label) else label for label in labels]
     if len(kinds) != len(groups):
         raise ValueError(f"labels names each of the {len(groups)} points, got {len(kinds)} labels")
     regions = _regions(routes.regions)
@@ -80,7 +82,7 @@ def _regions(regions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Return the coordinates and groups of the grid, whether they come as a tuple or as attributes."""
     if regions is None:
         return None
-    parts = regions if isinstance(regions, tuple) else (regions.x, regions.y, regions.group)
+    parts = regions if type(regions) is tuple else (regions.x, regions.y, regions.group)
     x, y, group = (np.asarray(part) for part in parts)
     if group.shape != (*y.shape, *x.shape) or group.size == 0:
         raise ValueError(f"regions is x (G,), y (G,) and group (G, G), got {x.shape}, {y.shape} and {group.shape}")

@@ -23,7 +23,7 @@ from analysis.plots._frame import (
 from analysis.plots._lines import MARK, sparse, thin
 from analysis.styles import PALETTE, group_colors
 
-_CHOSEN: dict[str, Any] = dict(marker="o", linestyle="none", markeredgecolor="black", zorder=3)
+_CHOSEN: dict[str, Any] = dict(marker="*", markersize=9, linestyle="none", markeredgecolor="black", zorder=3)
 _LOWEST = 1e-8
 """Values below this share of the largest are noise of float32 and left below the axes."""
 
@@ -52,8 +52,9 @@ def spectrum(
     Returns
     -------
     Axes
-        A line for each layer in the order of the table, with some markers and named in a legend, or by a colour bar if there are more than
-        eight layers. The vertical axis is logarithmic and reaches down to 1e-8 at most.
+        A line for each layer in the order of the table, with some markers and named in a legend, or by a colour bar
+        without markers if there are more than eight layers. The vertical axis is logarithmic and reaches down to 1e-8
+        at most.
 
     Raises
     ------
