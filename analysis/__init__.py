@@ -18,7 +18,8 @@ from analysis.similarity import (
     principal_angles,
     subspace_overlap,
 )
-from analysis.spectra import effective_rank, effective_ranks, multilinear_spectra, rank_for_energy, spectra
+from analysis.spectra import effective_rank, effective_ranks, layer_spectra, multilinear_spectra, rank_for_energy
+from analysis.styles import style
 from analysis.tradeoffs import expert_counts, parameter_scaling, pareto_front, trade_off
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "label_table",
     "layer_shapes",
     "layer_similarity",
+    "layer_spectra",
     "load_history",
     "multilinear_spectra",
     "mutual_information",
@@ -55,7 +57,7 @@ __all__ = [
     "rank_for_energy",
     "read_adapter",
     "router_map",
-    "spectra",
+    "style",
     "subspace_overlap",
     "trade_off",
 ]

@@ -7,6 +7,8 @@ Arrays (``.safetensors``, ``.npz``) hold the model's arguments, one row per samp
 from __future__ import annotations
 
 import inspect
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,8 +166,8 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray | Tensor]:
             return dict(load_file(path))
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (SafetensorError, OSError, ValueError, EOFError, AttributeError) as error:
-        # Array files without names (.npy content) and pickles end here as well.
+    except (SafetensorError, zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, TypeError) as error:
+        # Pickles are a ValueError, and a single array without a name is a TypeError.
         raise ValueError(f"{path} is not a whole {path.suffix} file of plain arrays: {error}") from error
 
 

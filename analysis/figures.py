@@ -17,9 +17,10 @@ from matplotlib.figure import Figure as Canvas
 
 from tucka import TuckAConfig
 
-from . import plots, routes, similarity, spectra, tradeoffs
+from . import plots, routes, similarity, tradeoffs
 from .adapters import Adapter, LayerExperts
 from .observations import Observations, expert_movement
+from .spectra import layer_spectra
 
 WIDTHS = (256, 512, 1024, 2048, 4096, 8192)
 """Widths of layers that "parameters" compares methods at."""
@@ -54,7 +55,7 @@ class Inputs(NamedTuple):
     runs: pd.DataFrame | None = None
     layer: str | None = None
     tower: str | None = None
-    columns: Mapping[str, str] = {}  # noqa: RUF012 - read only
+    columns: Mapping[str, str] = {}
 
     @property
     def experts(self) -> LayerExperts:
@@ -131,7 +132,7 @@ def plain_labels(labels: np.ndarray) -> np.ndarray:
 
 def ranks_used(inputs: Inputs) -> tuple[pd.DataFrame, int | dict[str, int]]:
     """The spectra of all layers, and their ranks: one number where all have the same."""
-    table = plain_layers(spectra.spectra(inputs.adapter))  # type: ignore[arg-type]
+    table = plain_layers(layer_spectra(inputs.adapter))  # type: ignore[arg-type]
     ranks = {plain(layer.name): layer.core.shape[-1] for layer in inputs.adapter.layers}  # type: ignore[union-attr]
     return table, (next(iter(ranks.values())) if len(set(ranks.values())) == 1 else ranks)
 

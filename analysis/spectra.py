@@ -61,7 +61,7 @@ def rank_for_energy(values: np.ndarray, energy: float = 0.9) -> int:
     return int(np.searchsorted(held, min(energy, held[-1]) - 1e-12) + 1) if held.size and held[-1] > 0 else 0
 
 
-def spectra(adapter: Adapter) -> pd.DataFrame:
+def layer_spectra(adapter: Adapter) -> pd.DataFrame:
     """Spectra of all layers: ``layer``, ``mode``, ``index`` (from 1), ``value``, ``energy`` (cumulative share)."""
     lines = [
         (layer.name, mode, index, value, energy)

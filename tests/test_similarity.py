@@ -1,5 +1,8 @@
 """Similarity of experts and spectra, against direct computations on formed experts in float64."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -11,6 +14,10 @@ from analysis import similarity as sim
 from analysis import spectra as spec
 from analysis.adapters import Adapter, LayerExperts
 from tucka import TuckAConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not part of what is installed
+
+from benchmarks.live import LiveBytes
 
 F = torch.float64
 
@@ -73,6 +80,27 @@ def test_angles_beyond_the_smaller_rank_are_not_a_number():
     assert np.isfinite(found[0, 1]).tolist() == [True, False, False] and np.isfinite(found[1, 1]).all()
     overlap = sim.subspace_overlap(layer)
     assert overlap[0, 0] == pytest.approx(1) and overlap[0, 1] == pytest.approx(np.cos(found[0, 1, 0]) ** 2)
+
+
+@pytest.mark.parametrize("side", sim.SIDES)
+def test_overlap_is_the_mean_squared_cosine_of_the_angles(side):
+    a, b = a_layer(seed=1), a_layer(k=2, seed=2)
+    np.testing.assert_allclose(
+        sim.subspace_overlap(a, b, side), (np.cos(sim.principal_angles(a, b, side)) ** 2).mean(-1), atol=1e-9
+    )
+
+
+def test_512_experts_of_a_wide_layer_need_little_memory():
+    layer = a_layer(k=64, t=8, p=4, r=16, d=4096, o=4096)
+    measures = [
+        sim.expert_similarity,
+        sim.subspace_overlap,
+        lambda given: sim.output_cka(given, np.eye(16)),
+    ]
+    for measure in measures:
+        with LiveBytes() as live:
+            assert measure(layer).shape == (512, 512)
+        assert live.peak < 2**28  # 256 MiB; the formed experts would take 64 GiB
 
 
 def test_angles_are_the_same_in_parts(monkeypatch):
@@ -177,6 +205,6 @@ def test_a_known_multilinear_rank_is_found():
     layer.core[:, :, 2] = 0  # nothing is read along the third column of U
     table = spec.effective_ranks(an_adapter(layer), energy=1.0).set_index("mode")
     assert table.loc["input", "for_energy"] == 2 and table.loc["expert", "for_energy"] == 2
-    long = spec.spectra(an_adapter(layer))
+    long = spec.layer_spectra(an_adapter(layer))
     assert long.groupby("mode")["energy"].max().to_numpy() == pytest.approx(np.ones(4))
     assert long[long["mode"] == "input"]["index"].tolist() == [1, 2, 3]

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
+
 from analysis.figures import Inputs
-from analysis.files import write_atomically
 from analysis.parameters import LayerShape
 from analysis.styles import style
 
 from . import facts, on_data, over_training, weights
+from .files import write_atomically
 from .page import Section, page
 
 __all__ = ["report", "write_report"]
@@ -47,7 +49,8 @@ def report(inputs: Inputs, *, shapes: Sequence[LayerShape] | None = None) -> str
     adapter = inputs.adapter
     if adapter is None:
         raise ValueError("a report is on an adapter, but none was given")
-    with style("notebook", width=WIDTH):
+    # Axes show the card that figures lie on, which is not quite white on a dark page.
+    with style("notebook", width=WIDTH), mpl.rc_context({"axes.facecolor": "none"}):
         sections = [
             facts.configuration(adapter),
             facts.parameters(adapter, shapes),
@@ -61,7 +64,7 @@ def report(inputs: Inputs, *, shapes: Sequence[LayerShape] | None = None) -> str
     base = adapter.config.base_model_name_or_path
     under = "What the experts learnt, whether they differ, who uses them, and whether the rank was worth it"
     return page(
-        f"Adapter {adapter.name}", f"{under}{f'; base model {base}' if base else ''}.", sections, _missing(inputs)
+        f"Adapter “{adapter.name}”", f"{under}{f'; base model {base}' if base else ''}.", sections, _missing(inputs)
     )
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from analysis.figures import FIGURES, Inputs, draw
 
 from .markup import drawing, note
 
 
-def drawn(name: str, inputs: Inputs, *, layer: str | None = None, tower: str | None = None) -> str:
+def drawn(
+    name: str, inputs: Inputs, *, layer: str | None = None, tower: str | None = None, explained: bool = True
+) -> str:
     """A figure of `analysis.figures.FIGURES` with its caption; a remark instead if it cannot be drawn.
 
     The ids inside are unique in the page for every name, layer and tower.
@@ -20,12 +25,17 @@ def drawn(name: str, inputs: Inputs, *, layer: str | None = None, tower: str | N
     if tower:
         title = f"{title}, {tower}"
     try:
-        axes = draw(name, inputs)
+        canvas: Any = draw(name, inputs).figure
     except ValueError as error:
         return note(f"{title}: not drawn, since {error}.")
     # Names of layers are no identifiers, but their places are.
     place = "all" if inputs.adapter is None or layer is None else str(_place(inputs, layer))
-    return drawing(axes.figure, f"{name}-{place}-{_tower_number(inputs, tower)}", title, figure.caption)  # type: ignore[arg-type]
+    return drawing(canvas, f"{name}-{place}-{_tower_number(inputs, tower)}", title, figure.caption, explained=explained)
+
+
+def drawn_layers(name: str, inputs: Inputs, layers: Sequence[str]) -> list[str]:
+    """The same figure of several layers, explained once."""
+    return [drawn(name, inputs, layer=layer, explained=layer == layers[0]) for layer in layers]
 
 
 def side_by_side(*parts: str) -> str:

@@ -58,13 +58,13 @@ def table(frame: pd.DataFrame, caption: str, formats: Mapping[str, Format] | Non
     rows = []
     for values in frame.itertuples(index=False):
         cells = [_cell(value, formats.get(name, digits)) for name, value in zip(rest, values[1:])]
-        rows.append(f'<tr><th scope="row">{escape(values[0])}</th>{"".join(cells)}</tr>')
+        rows.append(f'<tr><th scope="row">{_breakable(values[0])}</th>{"".join(cells)}</tr>')
     words = [any(isinstance(value, str) for value in frame.iloc[:, column]) for column in range(1, len(rest) + 1)]
     head = f'<th scope="col">{escape(first)}</th>' + "".join(
         f'<th scope="col"{"" if word else NUMBER}>{escape(name)}</th>' for name, word in zip(rest, words)
     )
     body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
-    shown = f"<caption>{escape(caption)}</caption>"
+    shown = f"<caption><span>{escape(caption)}</span></caption>"
     # The region scrolls where the page is narrow, so it has to take the focus.
     region = f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}"><table class="sortable">'
     whole = f"{region}{shown}{body}</table></div>"
@@ -73,13 +73,14 @@ def table(frame: pd.DataFrame, caption: str, formats: Mapping[str, Format] | Non
     return f"<details><summary>{escape(caption)} ({len(rows)} rows)</summary>{whole}</details>"
 
 
-def drawing(figure: Figure, prefix: str, title: str, caption: str) -> str:
-    """A figure with its caption; `prefix` is unique in the page."""
+def drawing(figure: Figure, prefix: str, title: str, caption: str, *, explained: bool = True) -> str:
+    """A figure with its title and, if it is to be `explained`, caption; `prefix` is unique in the page."""
     label = escape(f"{title}. {caption}")
     svg = inline_svg(figure, prefix)
+    shown = f" {escape(caption)}" if explained else ""
     return (
         f'<figure><div class="plot" role="img" aria-label="{label}">{svg}</div>'
-        f"<figcaption><b>{escape(title)}.</b> {escape(caption)}</figcaption></figure>"
+        f"<figcaption><b>{escape(title)}.</b>{shown}</figcaption></figure>"
     )
 
 
@@ -92,7 +93,8 @@ def inline_svg(figure: Figure, prefix: str) -> str:
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": prefix, "svg.fonttype": "none"}):
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", facecolor="none", metadata=nothing)
+        look: Any = dict(facecolor="none", bbox_inches="tight", pad_inches=0.05)
+        figure.savefig(buffer, format="svg", metadata=nothing, **look)
     root = ET.fromstring(buffer.getvalue())
     for parent in list(root.iter()):
         for child in list(parent):
@@ -116,6 +118,11 @@ def _prefixed(name: str, value: str, prefix: str) -> str:
     if name in ("href", f"{{{XLINK}}}href"):
         return f"#{prefix}-{value[1:]}" if value.startswith("#") else value
     return re.sub(r"url\(#", f"url(#{prefix}-", value)
+
+
+def _breakable(name: Any) -> str:
+    """A name that may be broken after its dots."""
+    return escape(name).replace(".", ".<wbr>")
 
 
 def _cell(value: Any, shown: Format) -> str:
@@ -153,7 +160,7 @@ def percent(value: Any) -> str:
     if not math.isfinite(number):
         return "–"
     places = 0 if number == 0 or abs(number) >= 10 else min(3, 1 - math.floor(math.log10(abs(number))))
-    return f"{number:.{max(places, 0)}f} %".replace("-", "−")
+    return f"{number:.{max(places, 0)}f}\u00a0%".replace("-", "−")
 
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:

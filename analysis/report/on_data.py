@@ -12,7 +12,7 @@ from analysis.observations import Observations, RoutingObservation, group_moveme
 from analysis.routes import mutual_information
 from analysis.similarity import groups_of, output_cka
 
-from .drawings import drawn, side_by_side
+from .drawings import drawn, drawn_layers, side_by_side
 from .markup import counted, fixed, percent, table
 from .page import Section
 from .weights import chosen_layers
@@ -58,7 +58,7 @@ def routing(inputs: Inputs, tower: str) -> Section:
         parts.append(table(by_label, "Share of every label's samples that each group serves", formats))
     title = f"Routing: {tower}" if tower else "Routing"
     key = f"routing-{list(observed.routing).index(tower)}"
-    return Section(key, title, sentence, (side_by_side(*plots), *parts), tuple(notes))
+    return Section(key, title, sentence, (side_by_side(*plots), side_by_side(*parts)), tuple(notes))
 
 
 def movement(inputs: Inputs) -> Section:
@@ -87,7 +87,9 @@ def movement(inputs: Inputs) -> Section:
     )
     missing = [layer.name for layer in observed.adapter.layers if layer.name not in observed.layers]
     notes = (f"No forward of the data reached {', '.join(missing)}.",) if missing else ()
-    return Section("movement", "Movement of the activations", sentence, (drawn("movement", inputs), shown), notes)
+    return Section(
+        "movement", "Movement of the activations", sentence, (side_by_side(drawn("movement", inputs)), shown), notes
+    )
 
 
 def outputs(inputs: Inputs) -> Section:
@@ -112,8 +114,10 @@ def outputs(inputs: Inputs) -> Section:
     else:
         sentence = "There are no two experts with finite outputs to compare."
     layers = [name for name in chosen_layers(observed.adapter, inputs.layer) if name in observed.layers]
-    body = side_by_side(*(drawn("expert-cka", inputs, layer=layer) for layer in layers))
-    shown = table(frame, "Mean linear CKA of outputs", dict.fromkeys(frame.columns[1:], fixed(3)))
+    body = side_by_side(*drawn_layers("expert-cka", inputs, layers))
+    shown = table(
+        frame.dropna(axis=1, how="all"), "Mean linear CKA of outputs", dict.fromkeys(frame.columns[1:], fixed(3))
+    )
     return Section("outputs", "Similarity of outputs on the data", sentence, (body, shown))
 
 

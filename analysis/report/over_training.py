@@ -11,7 +11,7 @@ import pandas as pd
 from analysis.figures import Inputs
 from analysis.routes import load_history
 
-from .drawings import drawn
+from .drawings import drawn, side_by_side
 from .markup import counted, percent, table
 from .page import Section
 
@@ -37,16 +37,16 @@ def load(inputs: Inputs, tower: str) -> Section:
     even, last, first = 1 / shares.shape[1], shares.iloc[-1], shares.iloc[0]
     dead = int((last < DEAD * even).sum())
     if len(shares) > 1:
-        trend = "evened out" if last.max() < first.max() else "grew less even" if last.max() > first.max() else "stayed"
+        trend = "evened out" if last.max() < first.max() else "did not even out"
         sentence = (
-            f"From step {_step(shares.index[0])} to {_step(shares.index[-1])} the loads {trend}: the busiest group went "
-            f"from {percent(first.max())} to {percent(last.max())} (even: {percent(even)}), "
+            f"From step {_step(shares.index[0])} to {_step(shares.index[-1])} the loads {trend}: the busiest group "
+            f"went from {percent(first.max())} to {percent(last.max())} (even: {percent(even)}), "
         )
     else:
         sentence = (
             f"At step {_step(shares.index[0])} the busiest group had {percent(last.max())} (even: {percent(even)}), "
         )
-    sentence += f"and {counted(dead, 'group is', 'groups are')} dead at the end."
+    sentence += f"and {counted(dead, 'group is', 'groups are') if dead else 'no group is'} dead at the end."
     frame = pd.DataFrame(
         {
             "group": [str(group) for group in shares.columns],
@@ -60,7 +60,9 @@ def load(inputs: Inputs, tower: str) -> Section:
     shown = table(frame, "Share of the training samples", dict.fromkeys(frame.columns[1:], percent))
     number = towers.index(tower)
     title = f"Load over training: {tower}" if tower else "Load over training"
-    return Section(f"load-{number}", title, sentence, (drawn("load", inputs, tower=tower or None), shown))
+    return Section(
+        f"load-{number}", title, sentence, (side_by_side(drawn("load", inputs, tower=tower or None), shown),)
+    )
 
 
 def _step(value: Any) -> str:

@@ -45,6 +45,7 @@ def page(title: str, under: str, sections: Sequence[Section], missing: Sequence[
     title, under : str
         Heading, and a line below it (not HTML).
     sections : sequence of Section
+        In their order.
     missing : sequence of str
         Whole sections that are not there, and what would add them.
     """

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from analysis.adapters import Adapter, LayerExperts
 from analysis.figures import Inputs
 from analysis.similarity import expert_norms, group_similarity
 from analysis.spectra import effective_ranks
 
-from .drawings import drawn, side_by_side
+from .drawings import drawn, drawn_layers, side_by_side
 from .markup import counted, digits, fixed, percent, table
 from .page import Section
 
@@ -34,14 +35,15 @@ def core_slices(inputs: Inputs) -> Section:
         share, layer = max(moved, key=lambda pair: pair[0].max())
         unused = f"; {counted(zero, 'group')} of {total} hold only zeros" if zero else ""
         sentence = (
-            f"A group holds at most {percent(share.max())} of the energy of its layer's core (group {share.argmax()} of "
-            f"{layer.name}; even shares are {percent(1 / len(share))}){unused}."
+            f"A group holds at most {percent(share.max())} of the energy of its layer's core (group "
+            f"{share.argmax()} of {layer.name}; even shares are {percent(1 / len(share))}){unused}."
         )
     else:
         norms = [float(np.sqrt(energy.sum())) for _, energy in energies]
-        sentence = f"There is one group per layer; the norms of the cores run from {digits(min(norms))} to {digits(max(norms))}."
+        lowest, highest = digits(min(norms)), digits(max(norms))
+        sentence = f"There is one group per layer; the norms of the cores run from {lowest} to {highest}."
     layers = chosen_layers(adapter, inputs.layer)
-    parts = side_by_side(*(drawn("core-slices", inputs, layer=layer) for layer in layers))
+    parts = side_by_side(*drawn_layers("core-slices", inputs, layers))
     return Section("core-slices", "Core slices", sentence, (parts,))
 
 
@@ -69,11 +71,11 @@ def similarity(inputs: Inputs) -> Section:
         sentence = "The experts are zero or not finite, so they cannot be compared."
     layers = chosen_layers(adapter, inputs.layer)
     body = side_by_side(
-        *(drawn("expert-similarity", inputs, layer=layer) for layer in layers),
+        *drawn_layers("expert-similarity", inputs, layers),
         drawn("layer-group-similarity", inputs),
     )
     shown = table(
-        by_layer.set_axis(["layer", "within groups", "across groups"], axis=1),
+        by_layer.set_axis(["layer", "within groups", "across groups"], axis=1).dropna(axis=1, how="all"),
         "Mean cosine of experts",
         dict.fromkeys(("within groups", "across groups"), fixed(3)),
     )
@@ -102,9 +104,12 @@ def ranks(inputs: Inputs) -> Section:
     wide = frame.pivot(index="layer", columns="mode", values=["effective", "for_energy"])
     wide = wide.reindex(frame["layer"].drop_duplicates())
     lines = pd.DataFrame({"layer": wide.index, "rank": [_rank_of(adapter, name) for name in wide.index]})
+    full = frame.groupby("mode")["rank"].max()
     for mode in ("input", "output", "group", "expert"):
+        if full[mode] == 1:  # a single group or expert uses all of its rank
+            continue
         lines[f"{mode}: effective"] = wide["effective", mode].to_numpy()
-        lines[f"{mode}: for 90 %"] = wide["for_energy", mode].to_numpy()
+        lines[f"{mode}: for 90\u00a0%"] = wide["for_energy", mode].to_numpy()
     formats = {name: fixed(1) for name in lines if str(name).endswith("effective")}
     shown = table(lines, "Effective ranks, and ranks that hold 90 % of the energy, by mode", formats)
     return Section("ranks", "Was the rank worth it?", sentence, (side_by_side(drawn("spectra", inputs)), shown))
@@ -120,6 +125,8 @@ def norms(adapter: Adapter) -> Section:
         shared = float(np.linalg.norm(_shared(layer))) * layer.alpha if layer.shared is not None else np.nan
         lines.append((layer.name, len(values), *spread, shared))
     frame = pd.DataFrame(lines, columns=["layer", "experts", "smallest", "median", "largest", "shared slice"])
+    if all(layer.shared is None for layer in adapter.layers):
+        frame = frame.drop(columns="shared slice")
     known = frame.dropna(subset="largest")
     if known.empty:
         sentence = "No expert is finite."
@@ -135,7 +142,7 @@ def norms(adapter: Adapter) -> Section:
             sentence = f"The median expert of {strong['layer']} has norm {digits(strong['median'])}."
         elif strong["median"] == weak["median"]:
             sentence = f"The median expert is as strong in every layer ({digits(strong['median'])})."
-    shown = table(frame, "Frobenius norms of α𝒯[i,j], and of the shared slice with its factors", {})
+    shown = table(frame, "Frobenius norms of the experts times α, and of the always-active shared slice")
     return Section("norms", "Norms of experts", sentence, (shown,))
 
 
@@ -156,8 +163,8 @@ def is_finite(layer: LayerExperts) -> bool:
 def _shared(layer: LayerExperts) -> np.ndarray:
     """The shared slice between the triangles of its factors, whose norm is that of U S Vᵀ."""
     shared: Any = layer.shared
-    read, write = (np.linalg.qr(factor.numpy(), mode="r") for factor in (layer.input_factor, layer.output_factor))
-    return read @ shared.numpy() @ write.T
+    read, write = (torch.linalg.qr(factor, mode="r").R for factor in (layer.input_factor, layer.output_factor))
+    return (read @ shared @ write.mT).numpy()
 
 
 def _rank_of(adapter: Adapter, name: str) -> int:
@@ -167,7 +174,7 @@ def _rank_of(adapter: Adapter, name: str) -> int:
 def _alike(cosine: float) -> str:
     limits = ((0.9, "do nearly the same"), (0.5, "do much the same"), (0.1, "are somewhat alike"))
     word = next((word for limit, word in limits if cosine > limit), "have little in common")
-    return word if cosine >= -0.1 else "work against each other"
+    return word if cosine >= -0.1 else "point partly in opposite directions"
 
 
 def _signed(value: float) -> str:

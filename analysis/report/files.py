@@ -15,6 +15,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> Path:
     Parameters
     ----------
     path : str or Path
+        Where the file is to be.
     write : callable
         Takes the temporary path, which ends like `path`.
 
