@@ -70,7 +70,7 @@ def load_model(adapter: str | Path, model: str | Path | None = None) -> PeftMode
         If the base model cannot be read.
     """
     name = str(model) if model is not None else _default_base(adapter)
-    found = AutoConfig.from_pretrained(name).architectures or []
+    found = _configuration(name).architectures or []
     if not found:
         raise ValueError(f"the configuration of {name} names no architecture, so its class is unknown")
     kind = getattr(transformers, found[0], None)
@@ -147,6 +147,19 @@ def _default_base(adapter: str | Path) -> str:
         named = f"names {name!r}, which is no local directory" if name else "names none"
         raise ValueError(f"the base model has to be given: the adapter's configuration {named}")
     return name
+
+
+def _configuration(name: str) -> Any:
+    """The configuration of a base model."""
+    local = Path(name).is_dir()
+    # What starts like a path or has several parts is no id of the hub, which would be asked in vain.
+    if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"there is no directory {name} with a base model")
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        place = "the directory" if local else "no local directory, and the hub's"
+        raise ValueError(f"base model {name!r} ({place}) cannot be read: {error}") from error
 
 
 def _base(model: PeftModel) -> nn.Module:

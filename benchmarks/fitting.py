@@ -12,7 +12,6 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 GROUPS = {
-    "input_lr": ("input_factor",),
     "factor_lr": ("input_factor", "output_factor", "expert_factor"),
     "core_lr": ("core", "shared_core"),
     "router_lr": ("centroids",),

@@ -5,6 +5,7 @@
    is right for one is wrong for the others.
 3. Save the TuckA adapter, reload it on a fresh base model and compare the outputs bit for bit.
 4. Draw which group of experts serves which domain, and the accuracy of both methods.
+5. Keep the test digits and the log of the training, for `python -m analysis report`.
 
 Everything runs on the CPU and nothing is downloaded.
 """
@@ -33,6 +34,7 @@ from transformers import ViTForImageClassification as ViT
 
 import tucka
 from analysis import count, layer_shapes
+from tucka.callbacks import BalanceCallback
 from tucka.config import CHOICES, TuckAConfig
 
 SHIFTS = {
@@ -130,8 +132,8 @@ class ProgressBar(TrainerCallback):
         self.bar.close()
 
 
-def train(model: nn.Module, data: Dataset, title: str, epochs: int, learning_rate: float, args) -> None:
-    """Train with the Hugging Face Trainer: AdamW, cosine schedule after 5 % warm-up; nothing logged or saved."""
+def train(model: nn.Module, data: Dataset, title: str, epochs: int, learning_rate: float, args) -> Trainer:
+    """Train with the Hugging Face Trainer: AdamW, cosine schedule after 5 % warm-up; an adapter's loads are logged."""
     arguments = TrainingArguments(
         output_dir=str(args.output),
         num_train_epochs=epochs,
@@ -143,13 +145,26 @@ def train(model: nn.Module, data: Dataset, title: str, epochs: int, learning_rat
         use_cpu=True,
         dataloader_pin_memory=False,
         disable_tqdm=True,
-        logging_strategy="no",
+        logging_steps=20,
         save_strategy="no",
         report_to="none",
     )
-    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[ProgressBar(title)])
+    routed = isinstance(model, PeftModel) and isinstance(model.active_peft_config, TuckAConfig)
+    callbacks = [ProgressBar(title), *([BalanceCallback()] if routed else [])]
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+    return trainer
+
+
+def keep(domains: dict[str, Digits], path: Path) -> None:
+    """Write digits and the names of their domains to a file."""
+    parts = {
+        "pixel_values": torch.cat([digits.images for digits in domains.values()]).numpy(),
+        "labels": torch.cat([digits.labels for digits in domains.values()]).numpy(),
+        "domain": np.repeat(list(domains), [len(digits) for digits in domains.values()]),
+    }
+    np.savez_compressed(path, **parts)
 
 
 @torch.no_grad()
@@ -288,10 +303,12 @@ def main(argv: list[str] | None = None) -> Results:
         parameters = models[name].get_nb_trainable_parameters()[0] - sum(
             p.numel() for p in base.classifier.parameters()
         )
-        train(models[name], mixture, name, args.epochs, rate, args)
+        trainer = train(models[name], mixture, name, args.epochs, rate, args)
         rows.append(Row(name, parameters, accuracies(models[name], test)))
 
     adapter, figure = args.output / "adapter", args.output / "routes.png"
+    trainer.save_state()  # the log of the last training, TuckA's
+    keep(test, args.output / "test.npz")
     equal = reloads_equal(models["TuckA"], args.output / "base", adapter, test)
     draw(shares_of_groups(models["TuckA"], test, config.k), rows, figure)
     print(f"\nThe base model classifies {upright:.1f} % of the upright test digits correctly.")
@@ -299,6 +316,10 @@ def main(argv: list[str] | None = None) -> Results:
     verdict = "are equal bit for bit" if equal else "ARE NOT EQUAL"
     print(f"\nadapter: {adapter}, reloaded on a fresh base model: outputs {verdict}")
     print(f"figure:  {figure}")
+    print(
+        f"report:  python -m analysis report {adapter} --model {args.output / 'base'} --data {args.output / 'test.npz'}"
+        f" --labels domain --log {args.output / 'trainer_state.json'} -o {args.output / 'report.html'}"
+    )
     return Results(rows, adapter, equal, figure)
 
 

@@ -122,7 +122,7 @@ def test_a_saved_adapter_finds_its_base(tmp_path):
     build("bert").save_pretrained(base)
     model = adapted("bert").eval()
     model.save_pretrained(adapter)
-    with pytest.raises(ValueError, match="base model has to be given.*names none"):
+    with pytest.raises(ValueError, match=r"base model has to be given.*names none"):
         load_model(adapter)
     batch = batch_for("bert")
     loaded = load_model(adapter, base)

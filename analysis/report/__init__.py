@@ -21,8 +21,8 @@ from .page import Section, page
 
 __all__ = ["report", "write_report"]
 
-WIDTH = "lncs"
-"""Figures are drawn narrow enough to be read on a phone."""
+LOOK: Any = {"figure.figsize": (4.4, 2.9), "axes.facecolor": "none"}
+"""Figures are narrow enough to be read on a phone, and axes show the card they lie on, grey on a dark page."""
 
 
 def report(inputs: Inputs, *, shapes: Sequence[LayerShape] | None = None) -> str:
@@ -49,8 +49,7 @@ def report(inputs: Inputs, *, shapes: Sequence[LayerShape] | None = None) -> str
     adapter = inputs.adapter
     if adapter is None:
         raise ValueError("a report is on an adapter, but none was given")
-    # Axes show the card that figures lie on, which is not quite white on a dark page.
-    with style("notebook", width=WIDTH), mpl.rc_context({"axes.facecolor": "none"}):
+    with style("notebook"), mpl.rc_context(LOOK):
         sections = [
             facts.configuration(adapter),
             facts.parameters(adapter, shapes),

@@ -19,6 +19,9 @@ NO_LOADS = (
     "The log holds no loads of groups; train with tucka.callbacks.BalanceCallback among the Trainer's callbacks to "
     "have them logged."
 )
+CHANGE = 0.03
+"""Changes of the busiest group's share below this are noise."""
+
 DEAD = 0.1
 """A group is called dead below this part of an even share, as revivals do."""
 
@@ -37,7 +40,8 @@ def load(inputs: Inputs, tower: str) -> Section:
     even, last, first = 1 / shares.shape[1], shares.iloc[-1], shares.iloc[0]
     dead = int((last < DEAD * even).sum())
     if len(shares) > 1:
-        trend = "evened out" if last.max() < first.max() else "did not even out"
+        change = last.max() - first.max()
+        trend = "hardly changed" if abs(change) < CHANGE else "evened out" if change < 0 else "grew less even"
         sentence = (
             f"From step {_step(shares.index[0])} to {_step(shares.index[-1])} the loads {trend}: the busiest group "
             f"went from {percent(first.max())} to {percent(last.max())} (even: {percent(even)}), "
