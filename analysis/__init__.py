@@ -4,6 +4,7 @@
 `routes`, `parameters` and `tradeoffs` measure it and return arrays and tables; `plots` draws them.
 """
 
+from analysis import plots
 from analysis.adapters import Adapter, LayerExperts, RouterWeights, adapter_of, read_adapter
 from analysis.observations import Observations, expert_movement, group_movement, observe
 from analysis.parameters import METHODS, LayerShape, ParameterCount, count, layer_shapes
@@ -53,6 +54,7 @@ __all__ = [
     "output_cka",
     "parameter_scaling",
     "pareto_front",
+    "plots",
     "principal_angles",
     "rank_for_energy",
     "read_adapter",

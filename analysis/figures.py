@@ -158,10 +158,7 @@ def _expert_cka(inputs: Inputs, ax: Axes) -> Axes:
         raise ValueError(f"no forward of the data reached layer {name!r}")
     layer = observed.adapter.layer(name)
     cka = similarity.output_cka(layer, observed.layers[name].covariance)
-    drawn = plots.expert_similarity(cka, similarity.groups_of(layer), ax=ax)
-    for bar in drawn.child_axes:
-        bar.set_ylabel("linear CKA of outputs")  # the plot's own name for its scale is that of weights
-    return drawn
+    return plots.expert_similarity(cka, similarity.groups_of(layer), measure="cka", ax=ax)
 
 
 def _layer_group_similarity(inputs: Inputs, ax: Axes) -> Axes:
@@ -229,7 +226,7 @@ def _parameters(inputs: Inputs, ax: Axes) -> Axes:
     if inputs.adapter is not None:
         own = inputs.adapter.config
         # Only what sizes depend on: layer names and patterns of the adapter mean nothing on square layers.
-        config = TuckAConfig(**{name: getattr(own, name) for name in tradeoffs._SIZES}, k=own.k)
+        config = TuckAConfig(**{name: getattr(own, name) for name in tradeoffs.SIZE_FIELDS}, k=own.k)
     # No layer is narrower than the rank of its experts.
     widths = [width for width in WIDTHS if config is None or width >= config.r]
     return plots.parameter_scaling(tradeoffs.parameter_scaling("width", widths, config=config), ax=ax)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from tucka.calibration import as_found
-from tucka.model import dispatchers_of, single_adapter_name
-from tucka.scope import replaced
+from tucka.model import single_adapter_name
 
 from .adapters import adapter_of
 from .figures import Inputs, draw
@@ -117,10 +115,7 @@ class FigureCallback(TrainerCallback):
         """Log everything for a model at a step; nothing while no training is under way."""
         if not self._draws:
             return
-        with as_found(model), ExitStack() as stack:
-            for dispatcher in dispatchers_of(model).values():
-                # Others count the routes of training and evaluation; these are neither.
-                stack.enter_context(replaced(dispatcher.current, recordings=()))
+        with as_found(model):
             try:
                 inputs = self._inputs(model)
             except ValueError as error:

@@ -19,6 +19,7 @@ from tucka import pin_route
 from tucka.calibration import FeatureReader, Rows, as_found, device_of, listening, progress_bar, run_batch
 from tucka.layer import TuckALayer
 from tucka.model import dispatchers_of, layers_of, single_adapter_name
+from tucka.recording import unrecorded
 from tucka.routing import Route
 
 from .adapters import Adapter, LayerExperts, adapter_of
@@ -98,7 +99,8 @@ def observe(
     adapter_name: str | None = None,
     progress: bool = True,
 ) -> Observations:
-    """Run an adapted model over data and gather what its measures need, in evaluation mode and with nothing changed.
+    """Run an adapted model over data and gather what its measures need, in evaluation mode and with nothing changed;
+    whoever records routes or loads does not see these forwards.
 
     Parameters
     ----------
@@ -128,7 +130,8 @@ def observe(
     routes: dict[str, list[tuple[Tensor, Route]]] = {}
     found_labels: list[np.ndarray] = []
     seen = 0
-    with as_found(model), torch.no_grad(), progress_bar(samples, "observing", progress) as bar:
+    ours = unrecorded(dispatchers.values())
+    with as_found(model), ours, torch.no_grad(), progress_bar(samples, "observing", progress) as bar:
         for batch in batches:
             batch, values = _without_labels(batch, labels)
             taken, size = _routes_of(model, layers, name, batch)

@@ -143,11 +143,11 @@ def parameter_scaling(
 def _with_experts(config: TuckAConfig, experts: int) -> TuckAConfig:
     if experts < 1 or experts % config.t:
         raise ValueError(f"{experts} experts are no multiple of t={config.t}")
-    plain = {name: getattr(config, name) for name in TuckAConfig.__dataclass_fields__ if name in _SIZES}
+    plain = {name: getattr(config, name) for name in TuckAConfig.__dataclass_fields__ if name in SIZE_FIELDS}
     return TuckAConfig(**{**plain, "k": experts // config.t})
 
 
-_SIZES = (
+SIZE_FIELDS = (
     "r", "t", "p", "alpha", "pooling", "normalize", "form", "tie_factors", "share_factors", "shared_expert",
     "trainable", "affinity", "init_router", "init_experts",
 )  # fmt: skip

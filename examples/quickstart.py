@@ -286,6 +286,7 @@ def main(argv: list[str] | None = None) -> Results:
     base = new_vit(args.seed)
     train(base, upright_train, "pretraining", args.pretrain_epochs, 2e-3, args)
     base.save_pretrained(args.output / "base")
+    base.name_or_path = str(args.output / "base")  # adapters note where their base model is
     upright = accuracies(base, {"upright": upright_test})["upright"]
 
     mixture = ConcatDataset(shifted(upright_train, args.seed).values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Union
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .dispatch import Dispatcher
 from .model import dispatchers_of, layers_of, single_adapter_name
 from .routing import Route
+from .scope import replaced
 
 Pinned = Union[Route, Tensor, Sequence[int]]
 
@@ -99,3 +100,12 @@ def _checked(route: Pinned, dispatcher: Dispatcher, active: set[str]) -> Route:
             )
         whole = whole.to(router.centroids.device)
     return whole._replace(group=whole.group.long()).detach()
+
+
+@contextmanager
+def unrecorded(dispatchers: Iterable[Dispatcher]) -> Iterator[None]:
+    """Run forwards that are nobody's who records or pins the routes of the model's own."""
+    with ExitStack() as stack:
+        for dispatcher in dispatchers:
+            stack.enter_context(replaced(dispatcher.current, recordings=(), pinned=None, memory=None))
+        yield

@@ -18,6 +18,7 @@ from .dispatch import Dispatcher
 from .model import dispatchers_of, layers_of, single_adapter_name
 from .processes import is_distributed
 from .routing import Route, Router
+from .recording import unrecorded
 from .scope import replaced
 
 STEPS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 0.5, 0.25)
@@ -124,9 +125,7 @@ def _features(
         for layer in layers:
             # The named adapter alone, whatever is active; what trains is left as it is.
             stack.enter_context(replaced(layer, _active_adapter=[name], _disable_adapters=False))
-        for dispatcher in dispatchers.values():
-            # These forwards are nobody's who records or pins the routes of the model's own.
-            stack.enter_context(replaced(dispatcher.current, recordings=(), pinned=None, memory=None))
+        stack.enter_context(unrecorded(dispatchers.values()))
         stack.enter_context(as_found(model))
         for batch in calibration:
             seen += reader.read(model, batch, device)

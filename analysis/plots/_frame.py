@@ -171,8 +171,14 @@ def signed_scale(limit: float) -> dict[str, Any]:
     return dict(norm=norm, cmap=mpl.colormaps[DIVERGING].with_extremes(bad=MISSING), interpolation="nearest")
 
 
-def signed_bar(ax: Axes, scale: dict[str, Any], label: str) -> None:
-    """Add the colour bar of `signed_scale`."""
+def share_scale() -> dict[str, Any]:
+    """Return the norm and colour map of an image of numbers from 0 to 1, with grey for what is not finite."""
+    cmap = mpl.colormaps["Reds"].with_extremes(bad=MISSING)
+    return dict(norm=Normalize(0.0, 1.0), cmap=cmap, interpolation="nearest")
+
+
+def scale_bar(ax: Axes, scale: dict[str, Any], label: str) -> None:
+    """Add the colour bar of `signed_scale` or `share_scale`."""
     _bar(ax, ScalarMappable(scale["norm"], scale["cmap"]), label)
 
 

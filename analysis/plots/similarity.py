@@ -21,41 +21,52 @@ from analysis.plots._frame import (
     name_ticks,
     ordered,
     say_no_values,
+    scale_bar,
+    share_scale,
     short_layers,
     short_name,
-    signed_bar,
     signed_scale,
 )
 from analysis.styles import MISSING
+
+MEASURES = {"cosine": "cosine similarity", "cka": "linear CKA of outputs", "overlap": "overlap of subspaces"}
+"""What experts can be compared by, and what its colour bar is called."""
 
 
 def expert_similarity(
     matrix: np.ndarray,  # (E, E)
     groups: Sequence[Any] | np.ndarray,  # (E,)
+    *,
+    measure: str = "cosine",
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw the cosines between all experts of a layer, the experts of a group side by side.
+    """Draw how alike all experts of a layer are, the experts of a group side by side.
 
     Parameters
     ----------
     matrix : (E, E) array
-        Cosines in [−1, 1]. Rounding beyond them is tolerated up to 1e-4.
+        Cosines in [−1, 1], or CKA or overlaps in [0, 1]. Rounding beyond them is tolerated up to 1e-4.
     groups : sequence of length E
         Group of every expert; groups are ordered by number, or by appearance if they are names, and the experts of a
         group stay in their order.
+    measure : {"cosine", "cka", "overlap"}, optional
+        What the matrix holds: names the colour bar, and all but the cosine are drawn on a scale from 0 to 1.
     ax : Axes, optional
         Where to draw; a new figure by default.
 
     Returns
     -------
     Axes
-        One image on a scale from −1 to 1, with lines between groups and the groups' names on both axes.
+        One image on a scale from −1 or 0 to 1, with lines between groups and the groups' names on both axes.
 
     Raises
     ------
     ValueError
-        If the matrix is not square, holds a number outside [−1, 1], or `groups` has another length.
+        If the matrix is not square, holds a number outside [−1, 1], `groups` has another length, or `measure` is
+        unknown.
     """
+    if measure not in MEASURES:
+        raise ValueError(f"measure is one of {', '.join(MEASURES)}, got {measure!r}")
     cosines_EE = finite("matrix", matrix, "(E, E)")
     count, width = cosines_EE.shape
     names = list(groups)
@@ -70,7 +81,7 @@ def expert_similarity(
     if np.isnan(cosines_EE).all():
         say_no_values(ax)
         return ax
-    scale = signed_scale(1.0)
+    scale = signed_scale(1.0) if measure == "cosine" else share_scale()
     ax.imshow(cosines_EE[np.ix_(order, order)], **scale)
     sizes = np.array([names.count(group) for group in ranks])
     ends = np.cumsum(sizes) - 0.5
@@ -81,7 +92,7 @@ def expert_similarity(
         ax.axvline(end, color="black", linewidth=width)
     for axis in (ax.xaxis, ax.yaxis):
         name_ticks(axis, list(ends - sizes / 2), [short_name(group) for group in ranks])
-    signed_bar(ax, scale, "cosine similarity")
+    scale_bar(ax, scale, MEASURES[measure])
     return ax
 
 
@@ -129,7 +140,7 @@ def layer_group_similarity(table: pd.DataFrame, *, value: str = "across", ax: Ax
     name_ticks(ax.xaxis, range(len(groups)), [short_name(group) for group in groups])
     name_ticks(ax.yaxis, range(len(layers)), short_layers(layers))
     _write_values(ax, cells)
-    signed_bar(ax, scale, f"mean cosine {value} groups" if value == "across" else "mean cosine within the group")
+    scale_bar(ax, scale, f"mean cosine {value} groups" if value == "across" else "mean cosine within the group")
     return ax
 
 

@@ -18,8 +18,8 @@ from analysis.plots._frame import (
     finite,
     name_ticks,
     say_no_values,
+    scale_bar,
     short_name,
-    signed_bar,
     signed_scale,
     tick_size,
 )
@@ -91,7 +91,7 @@ def core_slices(
     name_ticks(ax.xaxis, [i * _STEP + 0.5 for i in range(columns)], names[:columns])
     if columns < k:
         _name_above(ax, names, columns, tops)
-    signed_bar(ax, scale, "entry")
+    scale_bar(ax, scale, "entry")
     return ax
 
 

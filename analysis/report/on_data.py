@@ -33,10 +33,12 @@ def routing(inputs: Inputs, tower: str) -> Section:
             "group": [str(group) for group in range(config.k)],
             f"{unit}s" if unit == "sample" else "batches": counts,
             "share": shares,
-            "mean gate": _gates(seen, config.k),
+            "sum of gates": _gates(seen, config.k),
         }
     )
-    shown = table(frame, f"Load per group (even: {percent(1 / config.k)})", {"share": percent, "mean gate": fixed(3)})
+    shown = table(
+        frame, f"Load per group (even: {percent(1 / config.k)})", {"share": percent, "sum of gates": fixed(3)}
+    )
     notes: list[str] = []
     plots = [drawn("router-map", inputs, tower=tower or None)]
     parts = [shown]

@@ -178,7 +178,7 @@ def _alike(cosine: float) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{value:.2f}".replace("-", "−")
+    return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")  # + 0.0 drops the sign of a zero
 
 
 def _worth(share: float) -> str:
