@@ -1,4 +1,4 @@
-"""The command line: ``python -m analysis figure …`` and ``python -m analysis report …``."""
+"""The command line: ``python -m analysis`` and ``figure …``, ``report …`` or ``sweep …``."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from analysis.report import write_report
 from analysis.report.accounting import shapes_of
 from analysis.report.files import write_atomically
 from analysis.styles import WIDTHS, style
+from analysis.sweeps.command import add_command as add_sweep
 
 FORMATS = ("pdf", "svg", "eps", "png")
 STYLES = ("paper", "notebook", "slides")
@@ -83,11 +84,12 @@ def build_parser() -> argparse.ArgumentParser:
     layout: Any = dict(formatter_class=argparse.RawDescriptionHelpFormatter)
     parser = Parser(
         prog="python -m analysis",
-        description="Draw what an adapter of Tucker experts has learnt: a single figure, or a report of one HTML page.",
+        description="Draw what an adapter of Tucker experts has learnt: a single figure, or a report of one HTML page. "
+        "Or run a sweep over settings, for the tables of runs that figures are drawn from.",
         epilog=EXAMPLES,
         **layout,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{figure,report}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{figure,report,sweep}")
     named = "\n".join(f"  {name:<24}{_needed(name)}\n{_folded(each.caption)}" for name, each in FIGURES.items())
     figure = commands.add_parser(
         "figure",
@@ -122,6 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("adapter", type=Path, metavar="ADAPTER", help="directory of a saved adapter")
     _add_data(report)
     report.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.html", help="file to write")
+    add_sweep(commands, **layout)
     return parser
 
 

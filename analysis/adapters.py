@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tucka import TuckAConfig
-from tucka.model import layers_of, single_adapter_name
+from tucka.model import LASSO_NAMES, layers_of, single_adapter_name
 from tucka.registration import PEFT_TYPE
 from tucka.state import FILE_PREFIX, PUBLISHED_KEYS, header_shapes
 from tucka.tensors import ExpertTensor
@@ -255,7 +255,7 @@ def _expert_tensor(
     if core is None or expert_factor is None:
         raise ValueError(f"layer {name!r} has a core but no expert factor")
     try:
-        return ExpertTensor(
+        experts = ExpertTensor(
             core,
             expert_factor,
             parameter("input_factor"),
@@ -263,9 +263,14 @@ def _expert_tensor(
             shared_core=parameter("shared_core"),
             factors_of=owner,
             normalize=config.normalize,
+            lasso=config.lasso,
         )
     except ValueError as error:
         raise ValueError(f"the tensors of layer {name!r} do not fit together: {error}") from error
+    for part in LASSO_NAMES:
+        if part in own:
+            experts.register_parameter(part, parameter(part))
+    return experts
 
 
 @torch.no_grad()

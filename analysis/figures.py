@@ -240,7 +240,8 @@ def _trade_off(inputs: Inputs, ax: Axes) -> Axes:
 
 def _expert_scaling(inputs: Inputs, ax: Axes) -> Axes:
     runs: Any = inputs.runs
-    return plots.expert_scaling(tradeoffs.expert_counts(runs, score=inputs.columns.get("score", "score")), ax=ax)
+    series = "r" if "r" in runs and runs["r"].nunique() > 1 else None
+    return plots.expert_scaling(tradeoffs.expert_counts(runs, series, inputs.columns.get("score", "score")), ax=ax)
 
 
 SOURCES = {

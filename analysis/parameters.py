@@ -192,10 +192,18 @@ def tucka_factors(shape: LayerShape, config: TuckAConfig) -> int:
 
 
 def tucka_core(shape: LayerShape, config: TuckAConfig) -> int:
-    """Count the core (K×P×R×R), the expert factor C (T×P) and the shared slice (R×R), trained in every mode."""
+    """Count the core (K×P×R×R), the expert factor C (T×P) and the shared slice (R×R), trained in every mode.
+
+    With a tensor lasso, also its weights: P, R, and unless the D-modes are tied another R.
+    """
     r = tucka_rank(shape, config)
     slices = config.k * config.p + (1 if config.shared_expert else 0)
-    return slices * r * r + config.t * config.p
+    return slices * r * r + config.t * config.p + _lasso(r, config.p, config)
+
+
+def _lasso(r: int, p: int, config: TuckAConfig) -> int:
+    tied = config.tie_factors and config.form == "multiplicative"
+    return p + r * (1 if tied else 2) if config.lasso else 0
 
 
 def tucka_router(shape: LayerShape, config: TuckAConfig) -> int:
@@ -265,7 +273,8 @@ def count(shapes: Iterable[LayerShape], method: str, **hyper: Any) -> ParameterC
     if config.router_depth:
         for shape in shapes:
             if shape.name in place_at_depth(config.router_depth, list(layers)).unrouted:
-                layers[shape.name] -= tucka_core(shape, config) - (tucka_rank(shape, config) ** 2 + 1)
+                r = tucka_rank(shape, config)
+                layers[shape.name] -= tucka_core(shape, config) - (r * r + 1 + _lasso(r, 1, config))
     return ParameterCount(method, layers, once=tucka_router(_router_layer(shapes, config), config))
 
 

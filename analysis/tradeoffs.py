@@ -75,7 +75,7 @@ def pareto_front(
 
 
 def expert_counts(runs: pd.DataFrame, series: str | None = None, score: str = "score") -> pd.DataFrame:
-    """Average the score of runs by their number of experts K·T, from columns ``k`` and ``t``.
+    """Average the score of runs by their number of experts K·T, of columns ``k`` and ``t`` (runs without are left out).
 
     Returns columns ``experts``, ``score``, ``error``, ``seeds`` and, with `series`, a column ``series`` that says
     "<column>=<value>".
@@ -83,7 +83,8 @@ def expert_counts(runs: pd.DataFrame, series: str | None = None, score: str = "s
     missing = [name for name in ("k", "t", score, series) if name is not None and name not in runs]
     if missing:
         raise ValueError(f"runs lack the columns {', '.join(missing)}; they have {', '.join(map(str, runs.columns))}")
-    table = runs.assign(experts=runs["k"].astype(int) * runs["t"].astype(int))
+    table = runs.dropna(subset=["k", "t"])
+    table = table.assign(experts=table["k"].astype(int) * table["t"].astype(int))
     by = ["experts"]
     if series is not None:
         table["series"] = [f"{series}={value}" for value in table[series]]

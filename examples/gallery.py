@@ -18,44 +18,25 @@ from analysis import adapter_of, observe, style
 from analysis.data import load_model, read_data
 from analysis.figures import FIGURES, Inputs, draw
 
-SELECTION_SEED = 100
-"""Runs of this seed and later ones chose learning rates."""
-
-REFERENCE = {"k": 4, "t": 2}
-
 HEAD = """# Gallery
 
 Every figure of the analysis package, drawn from the adapter of the quickstart (a small vision transformer on digits of
-four shifted domains, each with labels of its own) and from the runs of the quality benchmark. Each is one function of
-`analysis.plots` and one name of `python -m analysis figure`.
+four shifted domains, each with labels of its own) and from the runs of the sweep over experts and ranks
+([docs/results/experts.md](results/experts.md)). Each is one function of `analysis.plots` and one name of
+`python -m analysis figure`.
 
     python examples/quickstart.py
     python examples/gallery.py
 """
 
 
-def inputs_from(quickstart: Path, runs: Path, task: str) -> Inputs:
+def inputs_from(quickstart: Path, runs: Path) -> Inputs:
     """All that figures are drawn from."""
     model = load_model(quickstart / "adapter", quickstart / "base")
     data = read_data(quickstart / "test.npz", model, labels="domain")
     observed = observe(model, data.batches, samples=data.samples, labels=data.labels, progress=False)
     log = json.loads((quickstart / "trainer_state.json").read_text())["log_history"]
-    return Inputs(adapter_of(model), observed, log, runs_of(runs, task), layer="1.mlp.fc1")
-
-
-def runs_of(path: Path, task: str) -> pd.DataFrame:
-    """The scored runs of one task of the quality benchmark, with the columns that figures read."""
-    table = pd.read_csv(path)
-    table = table[(table["task"] == task) & (table["seed"] < SELECTION_SEED) & table["error"].isna()]
-    settings = table["settings"].map(json.loads)
-    # Settings that a row does not name are those of the benchmark's reference.
-    experts = {name: [own.get(name, REFERENCE[name]) for own in settings] for name in ("k", "t")}
-    return table.assign(method=table["arm"], parameters=table["adapter_parameters"], score=table["test"], **experts)
-
-
-def only_tucka(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs of TuckA's default that differ in the number of experts alone."""
-    return runs[runs["method"].str.fullmatch(r"tucka(-k\d+|-t\d+)?")]
+    return Inputs(adapter_of(model), observed, log, pd.read_csv(runs), layer="1.mlp.fc1")
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -65,22 +46,20 @@ def main(argv: list[str] | None = None) -> Path:
     )
     add = parser.add_argument
     add("--quickstart", type=Path, default=Path("out/quickstart"), help="what examples/quickstart.py wrote")
-    add("--runs", type=Path, default=Path("benchmarks/results/quality.csv"), help="results of the quality benchmark")
-    add("--task", default="digits4-conflict", help="task of those results to draw")
+    add("--runs", type=Path, default=Path("docs/results/experts.csv"), help="results of the sweep")
     add("--output", type=Path, default=Path("docs"), help="directory of gallery.md and images/gallery")
     args = parser.parse_args(argv)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
-    inputs = inputs_from(args.quickstart, args.runs, args.task)
+    inputs = inputs_from(args.quickstart, args.runs)
     images = args.output / "images" / "gallery"
     images.mkdir(parents=True, exist_ok=True)
     parts = [HEAD]
     # With a fixed salt and no date, equal numbers give equal files.
     with style("notebook"), rc_context({"svg.hashsalt": "gallery"}):
         for name, figure in tqdm(FIGURES.items(), desc="gallery", unit=" figures"):
-            own = inputs._replace(runs=only_tucka(inputs.runs)) if name == "expert-scaling" else inputs
-            draw(name, own).figure.savefig(images / f"{name}.svg", metadata={"Date": None})
+            draw(name, inputs).figure.savefig(images / f"{name}.svg", metadata={"Date": None})
             parts.append(f"## {figure.title}\n\n{figure.caption}\n\n![{figure.title}](images/gallery/{name}.svg)\n")
     page = args.output / "gallery.md"
     page.write_text("\n".join(parts))

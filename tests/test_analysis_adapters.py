@@ -46,6 +46,20 @@ def test_factors_act_as_they_are_read(normalize):
     torch.testing.assert_close(formed, expected, rtol=1e-6, atol=1e-9)
 
 
+def test_the_weights_of_a_lasso_act(tmp_path):
+    model = adapted("bert", lasso=0.1, form="additive")
+    for layer in layers_of(model):
+        for weight in layer.tucka_experts["default"].lasso_weights:
+            torch.nn.init.uniform_(weight, 0.2, 0.8)
+    model.save_pretrained(tmp_path)
+    found = read_adapter(tmp_path)
+    assert_equal_layers(found, adapter_of(model))
+    layer = layers_of(model)[0]
+    read = found.layer(layer.name)
+    formed = torch.einsum("ktqr,dq,or->ktdo", read.slices, read.input_factor, read.output_factor)
+    torch.testing.assert_close(formed, layer.tucka_experts["default"].double().to_tensor(), rtol=1e-6, atol=1e-9)
+
+
 def test_names_sort_by_their_numbers():
     names = ["layer.10.query", "layer.2.value", "layer.2.query", "head"]
     assert sorted(names, key=natural) == ["head", "layer.2.query", "layer.2.value", "layer.10.query"]

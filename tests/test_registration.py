@@ -40,7 +40,7 @@ def test_importing_tucka_adds_no_plotting_or_learning_library_and_keeps_tensorly
 
 def test_public_names():
     assert set(tucka.__all__) == {
-        "Route", "TuckAConfig", "__version__", "apply", "balance", "hold_unselected", "initialize", "param_groups",
-        "pin_route", "record_loads", "record_routes", "revive",
+        "Route", "TuckAConfig", "__version__", "apply", "balance", "expand", "hold_unselected", "initialize",
+        "param_groups", "pin_route", "record_loads", "record_routes", "revive", "suggest_ranks", "truncate",
     }  # fmt: skip
     assert callable(tucka.apply)

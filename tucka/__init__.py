@@ -13,6 +13,7 @@ from .config import TuckAConfig
 from .initialization import initialize
 from .model import TuckAModel
 from .optim import hold_unselected, param_groups
+from .ranks import expand, suggest_ranks, truncate
 from .recording import pin_route, record_routes
 from .registration import register
 from .revival import revive
@@ -30,6 +31,7 @@ __all__ = [
     "__version__",
     "apply",
     "balance",
+    "expand",
     "hold_unselected",
     "initialize",
     "param_groups",
@@ -37,4 +39,6 @@ __all__ = [
     "record_loads",
     "record_routes",
     "revive",
+    "suggest_ranks",
+    "truncate",
 ]

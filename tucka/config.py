@@ -27,6 +27,12 @@ CHOICES = {
 }
 """Every option with a closed list of values, and the list."""
 
+FLAGS = (
+    "tie_factors", "share_factors", "shared_expert", "pool_padding", "pool_answers", "balance_bias", "sync_route",
+    "init_weights", "expert_shares",
+)  # fmt: skip
+"""Every option that is either True or False."""
+
 PAPER = dict(
     routing="batch",
     affinity="paper",
@@ -106,6 +112,9 @@ class TuckAConfig(PeftConfig):
         Width of the centroids' perturbation.
     pool_padding : bool
         Let padded positions enter the pooled feature, as the published code does.
+    pool_answers : bool
+        With sample routing, let the answers that a causal language model is trained on (tokens with a label) enter the
+        pooled feature. Generation has the prompt alone to route by, so by default training routes by it as well.
     balance_bias, balance_rate : bool, float
         Auxiliary-loss-free balancing: a bias per expert, for the choice of the group only, moved against the load of
         every training forward by the rate γ.
@@ -116,8 +125,16 @@ class TuckAConfig(PeftConfig):
     router_depth : int
         Index of the block whose first adapted layer feeds the router; layers of the blocks before it carry one
         always-active expert and no route.
+    lasso : float
+        Above 0, a tensor lasso on the ranks (tensorly-torch's): weights that start at 1 multiply every column of the
+        factors between the core and them, and this times their mean absolute value is added to the loss that a
+        transformers model returns in training; see `tucka.ranks.lasso_penalty` for other losses. What it has driven to
+        zero, `tucka.truncate` removes. It needs a core that cannot grow against the weights: ``normalize`` other than
+        False, or weight decay.
     rank_pattern : dict, optional
         Ranks of single layers: {regular expression: r}, matched as in PEFT's LoRA.
+    expert_shares : bool
+        Written by the library: the router keeps which part of its original every expert is, since `tucka.expand`.
     factor_owners : dict, optional
         Written when a model is adapted, for readers of the file: layers, and the layer whose factors each shares.
     target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save, bias, init_weights
@@ -149,11 +166,13 @@ class TuckAConfig(PeftConfig):
     warm_start: float = _help("Norm of the experts that 'hosvd' and 'gradient' start with; 0: the base model.", 0.0)
     perturb_scale: float = _help("Width of the centroids' perturbation.", 1.0)
     pool_padding: bool = _help("Padded positions enter the pooled feature.", False)
+    pool_answers: bool = _help("Labelled tokens of a causal language model enter the pooled feature.", False)
     balance_bias: bool = _help("Auxiliary-loss-free balancing of the groups.", False)
     balance_rate: float = _help("Rate of the balancing bias.", 1e-3)
     sync_route: bool = _help("One route for the global batch of a distributed run.", False)
     router_module: Optional[str] = _help("Adapted layer that feeds the router; default: the first to run.", None)
     router_depth: int = _help("Block whose first adapted layer feeds the router.", 0)
+    lasso: float = _help("Penalty of the tensor lasso on the ranks; 0: none.", 0.0)
     rank_pattern: Optional[dict] = _help("Ranks of single layers, {pattern: r}.", None)
     target_modules: Optional[Union[list[str], str]] = _help("Modules to adapt: names, a regex or 'all-linear'.", None)
     exclude_modules: Optional[Union[list[str], str]] = _help("Modules to leave alone: names or a regex.", None)
@@ -162,6 +181,7 @@ class TuckAConfig(PeftConfig):
     modules_to_save: Optional[list[str]] = _help("Other modules to train and save whole.", None)
     bias: str = _help("Biases to train: 'none', 'all' or 'tucka_only'.", "none")
     init_weights: bool = _help("False draws random experts instead of a start.", True)
+    expert_shares: bool = _help("Written by the library: experts are parts of those before `expand`.", False)
     factor_owners: Optional[dict] = _help("Written by the library: layers, and whose factors each shares.", None)
     format_version: int = _help("Version of the file format.", FORMAT_VERSION)
 
@@ -192,7 +212,7 @@ class TuckAConfig(PeftConfig):
     def _read_published_fields(self, ec_perturb_scale, use_kaiming_init_ec, use_alb, alb_gamma, router_name) -> None:
         for name, value in PAPER.items():
             setattr(self, name, value)
-        self.pool_padding = True
+        self.pool_padding = self.pool_answers = True
         self.format_version = FORMAT_VERSION
         self.init_router = "kaiming" if use_kaiming_init_ec else "perturb"
         self.balance_bias = bool(use_alb)
@@ -239,14 +259,15 @@ def validate(config: TuckAConfig) -> None:
     for name, values in CHOICES.items():
         if not any(getattr(config, name) is value or _same_text(getattr(config, name), value) for value in values):
             raise ValueError(f"{name}={getattr(config, name)!r} is not one of {', '.join(map(repr, values))}")
-    for name in ("alpha", "perturb_scale", "balance_rate", "temperature", "warm_start"):
+    for name in ("alpha", "perturb_scale", "balance_rate", "temperature", "warm_start", "lasso"):
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(f"{name}={value!r} is not a finite number")
     if config.temperature <= 0:
         raise ValueError(f"temperature={config.temperature} divides the logits: it must be above 0")
-    flags = "tie_factors share_factors shared_expert pool_padding balance_bias sync_route init_weights"
-    for name in flags.split():
+    if config.lasso < 0:
+        raise ValueError(f"lasso={config.lasso} is a penalty: it must not be below 0")
+    for name in FLAGS:
         if not isinstance(getattr(config, name), bool):
             raise ValueError(f"{name}={getattr(config, name)!r} is neither True nor False")
     _check_count("format_version", config.format_version)

@@ -166,8 +166,8 @@ class Dispatcher:
     @staticmethod
     def feature(router: Router, layer_name: str, x: Tensor, inputs: Inputs, *, per_sample: bool) -> Tensor:
         """Pool a layer's input, (..., D), into the routing features of its units, (N, F)."""
-        pool_padding = router.config.pool_padding
-        units, keep = as_units(x, inputs, layer_name, per_sample=per_sample, pool_padding=pool_padding)
+        pooled = dict(pool_padding=router.config.pool_padding, pool_answers=router.config.pool_answers)
+        units, keep = as_units(x, inputs, layer_name, per_sample=per_sample, **pooled)
         if per_sample and not router.per_sample:  # samples of this process, looked at one by one
             return router.feature(units, keep, alone=True)
         return router.feature(units, keep)

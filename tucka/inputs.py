@@ -11,13 +11,16 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, GenerationMixin, PreTrainedModel
 
 TOKEN_INPUTS = ("input_ids", "decoder_input_ids")
 """Inputs of shape (B, S)."""
 
 EMBEDDED_INPUTS = ("inputs_embeds", "decoder_inputs_embeds")
 """Inputs of shape (B, S, D)."""
+
+NO_LABEL = -100
+"""What marks a token that no loss is taken of, in transformers."""
 
 
 class Inputs(NamedTuple):
@@ -30,6 +33,7 @@ class Inputs(NamedTuple):
     encoder_outputs: Any = None
     context: Optional[Tensor] = None  # what cross-attention reads
     context_mask: Any = None
+    labels: Optional[Tensor] = None  # (B, S) of a causal language model
     output_lengths: Optional[Callable] = None  # of a model that shortens its input: lengths in, lengths of tokens out
 
 
@@ -53,8 +57,15 @@ def read_inputs(
         arguments.get("encoder_outputs"),
         arguments.get("encoder_hidden_states"),
         arguments.get("encoder_attention_mask"),
+        arguments.get("labels") if _is_causal(module) else None,
         getattr(module, "_get_feat_extract_output_lengths", None),  # transformers' name in its speech models
     )
+
+
+def _is_causal(module: nn.Module) -> bool:
+    """Whether a model generates from a prompt that it reads itself; labels of other models say nothing of prompts."""
+    config: Any = module.config if isinstance(module, PreTrainedModel) else None
+    return isinstance(module, GenerationMixin) and config is not None and not config.is_encoder_decoder
 
 
 def _batch_shape(arguments: dict[str, Any], main_input: str) -> tuple[int | None, int | None]:
@@ -130,3 +141,11 @@ def padding_mask(inputs: Inputs, samples: int, tokens: int) -> Tensor | None:
         raise ValueError(f"the attention mask covers {columns} positions, the router's layer sees {tokens}")
     # A cache of fixed size masks its unused tail; one that grows ends with the tokens at hand.
     return mask[:, :tokens] if cache.is_compileable else mask[:, -tokens:]
+
+
+def prompt_mask(inputs: Inputs, samples: int, tokens: int) -> Tensor | None:
+    """Tokens without a label, (B, S): the prompts in a batch that a causal language model is trained on, or None."""
+    labels = inputs.labels
+    if not isinstance(labels, Tensor) or labels.shape != (samples, tokens):
+        return None
+    return labels == NO_LABEL

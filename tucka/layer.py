@@ -98,6 +98,7 @@ class TuckALayer(nn.Module, BaseTunerLayer):
             factors_of=factors_of,
             normalize=config.normalize,
             hold_factors=config.trainable == "core",
+            lasso=config.lasso,
             **placement,
         )
         start_experts(experts, config)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .dispatch import Dispatcher
 from .generation import keep_prompt_routes, release_prompt_routes
+from .lasso import add_penalty, remove_penalty
 from .layer import TuckALayer
 from .plan import LayerPlan, plan_adapter
 from .state import adapted_names_in, modernise_targets, read_published_weights, require_whole_adapter
@@ -16,7 +17,9 @@ from .targets import DEFAULT_TARGETS
 from .towers import Attachment, Tower
 
 TENSOR_NAMES = ("core", "expert_factor", "input_factor", "output_factor", "shared_core")
-RESERVED_NAMES = frozenset([*TENSOR_NAMES, "centroids", "initialised", "balance_bias", "center", "scale", "spread"])
+LASSO_NAMES = ("lasso_expert", "lasso_input", "lasso_output")
+ROUTER_NAMES = ("centroids", "initialised", "balance_bias", "center", "scale", "spread", "log_share")
+RESERVED_NAMES = frozenset([*TENSOR_NAMES, *LASSO_NAMES, *ROUTER_NAMES])
 """PEFT tells adapters apart by the ends of keys, so a tensor's own name is none for an adapter."""
 
 
@@ -71,6 +74,8 @@ class TuckAModel(BaseTuner):
         finally:
             del self._plans, self._injected_into
         keep_prompt_routes(model, dispatchers_of)
+        if config.lasso:
+            add_penalty(model, layers_of)
 
     def _create_and_replace(
         self,
@@ -137,6 +142,7 @@ class TuckAModel(BaseTuner):
         for dispatcher in dispatchers:
             dispatcher.attachment.remove()
         release_prompt_routes(self.model)
+        remove_penalty(self.model)
         return self.model
 
     @classmethod

@@ -109,12 +109,13 @@ def cosine_affinity(
     centroids: Tensor,  # (K T, F)
     groups: int,
     temperature: float,
+    log_share: Tensor | None = None,  # (K, T)
 ) -> Tensor:  # (N, K, T)
     """Softmax over all experts of the cosine to their centroids, over τ: Σ over K·T is 1 for every unit."""
     feature = feature / safe_norm(feature, dim=-1, keepdim=True)
     centroids = centroids / safe_norm(centroids, dim=-1, keepdim=True)
     logits_NC = torch.einsum("nf,cf->nc", feature, centroids) / temperature
-    return logits_NC.softmax(-1).unflatten(-1, (groups, -1))
+    return shared_softmax(logits_NC, log_share).unflatten(-1, (groups, -1))
 
 
 def distance_affinity(
@@ -123,12 +124,26 @@ def distance_affinity(
     groups: int,
     temperature: float,
     spread: Tensor,  # () mean squared distance of features to their own centroids
+    log_share: Tensor | None = None,  # (K, T)
 ) -> Tensor:  # (N, K, T)
     """Softmax over all experts of −‖f − c‖² / (τ s²): the posterior of a Gaussian mixture of equal weights."""
     products_NC = torch.einsum("nf,cf->nc", feature, centroids)
     # ‖f‖² is the same for all experts, and leaving it out keeps the logits small.
     logits_NC = (2 * products_NC - centroids.square().sum(-1)) / (temperature * spread)
-    return logits_NC.softmax(-1).unflatten(-1, (groups, -1))
+    return shared_softmax(logits_NC, log_share).unflatten(-1, (groups, -1))
+
+
+def shared_softmax(
+    logits: Tensor,  # (N, K T)
+    log_share: Tensor | None,  # (K, T)
+) -> Tensor:  # (N, K T)
+    """Softmax in which an expert counts for its share w: exp ℓ_c / Σ w exp ℓ.
+
+    An expert that was split in n has n copies of share 1/n, and each scores what it scored; so do all others.
+    """
+    if log_share is None:
+        return logits.softmax(-1)
+    return (logits - (logits + log_share.flatten()).logsumexp(-1, keepdim=True)).exp()
 
 
 def choose_group(scores: Tensor) -> Tensor:

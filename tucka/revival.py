@@ -17,8 +17,8 @@ from .calibration import FeatureReader, as_found, device_of
 from .dispatch import Dispatcher
 from .model import dispatchers_of, layers_of, single_adapter_name
 from .processes import is_distributed
-from .routing import Route, Router
 from .recording import unrecorded
+from .routing import Route, Router
 from .scope import replaced
 
 STEPS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 0.5, 0.25)

@@ -77,6 +77,7 @@ class Router(nn.Module):
     scale: Optional[Tensor]  # (F,) its standard deviation
     spread: Optional[Tensor]  # () mean squared distance of its features to their own centroids
     balance_bias: Optional[Tensor]  # (K, T)
+    log_share: Optional[Tensor]  # (K, T) log of the part of its original that an expert is; see `ops.shared_softmax`
 
     def __init__(
         self,
@@ -101,6 +102,8 @@ class Router(nn.Module):
         biased = config.balance_bias or config.init_router == "kmeans_balanced"
         bias = torch.zeros(config.k, config.t, device=device, dtype=dtype) if biased else None
         self.register_buffer("balance_bias", bias)
+        shares = torch.zeros(config.k, config.t, device=device, dtype=dtype) if config.expert_shares else None
+        self.register_buffer("log_share", shares)
         # Kept beside the buffer because reading a buffer in every forward would wait for the device.
         self.awaits_start = self.starts_from_data
 
@@ -157,8 +160,8 @@ class Router(nn.Module):
             return ops.paper_affinity(feature, self.centroids, config.k)
         feature = (feature - self.center) / self.scale
         if config.affinity == "cosine":
-            return ops.cosine_affinity(feature, self.centroids, config.k, config.temperature)
-        return ops.distance_affinity(feature, self.centroids, config.k, config.temperature, self.spread)
+            return ops.cosine_affinity(feature, self.centroids, config.k, config.temperature, self.log_share)
+        return ops.distance_affinity(feature, self.centroids, config.k, config.temperature, self.spread, self.log_share)
 
     @torch.no_grad()
     def start(

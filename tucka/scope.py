@@ -42,6 +42,8 @@ class Scope:
             inputs = inputs._replace(positions=self.inputs.positions)
         if inputs.mask is None and inherit_mask:
             inputs = inputs._replace(mask=self.inputs.mask)
+        if inputs.labels is None and inputs.samples == self.inputs.samples:
+            inputs = inputs._replace(labels=self.inputs.labels)
         return replace(self, inputs=inputs, module=module, shared_input=False, parent=self)
 
     def holds(self, module: nn.Module) -> bool:

@@ -28,7 +28,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
     """A `tltorch.TuckerTensor` whose group mode is fixed to the identity and whose D-modes may be one.
 
     Only free parameters are registered, each once: `core`, `expert_factor` (C), `input_factor` (U), `output_factor`
-    (V, unless tied) and `shared_core` (the always-active slice, if any).
+    (V, unless tied), `shared_core` (the always-active slice, if any) and the weights of a tensor lasso (if any).
 
     Parameters
     ----------
@@ -44,6 +44,10 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         V act as U √R / ‖U‖, C as C √P / ‖C‖, and a core 𝒢 (of a group, or shared) as 𝒢 / √(1 + ‖𝒢‖²/R).
     hold_factors : bool
         The D-mode factors are buffers, never trained.
+    lasso : float
+        Above 0, `lasso_expert` (P), `lasso_input` (R) and, unless tied, `lasso_output` (R) multiply the core's modes,
+        and the shared slice's: the weights of tltorch's ``TuckerLasso``, which stand beside every factor. What is
+        learnt of them and penalised is `tucka.lasso`'s.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         factors_of: ExpertTensor | None = None,
         normalize: bool | str = False,
         hold_factors: bool = False,
+        lasso: float = 0.0,
     ) -> None:
         super(TuckerTensor, self).__init__()  # TuckerTensor's own would register every factor, the tied one twice
         self.core = core
@@ -68,6 +73,14 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
             else:
                 self.register_parameter(factor_name, factor)
         self.register_parameter("shared_core", shared_core)
+        self.lasso = lasso
+        tied = (factors_of or self).output_factor is None
+        modes = dict(
+            lasso_expert=core.shape[1], lasso_input=core.shape[2], lasso_output=None if tied else core.shape[3]
+        )
+        for weight_name, size in modes.items():
+            weight = nn.Parameter(core.new_ones(size)) if lasso and size is not None else None
+            self.register_parameter(weight_name, weight)
         # A tuple hides the module from registration: the parameters stay where they were registered first.
         self._factors_of = (factors_of,)
         self.normalize = normalize
@@ -148,7 +161,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
     @property
     def shared_slice(self) -> Tensor | None:
         """The always-active slice as it acts, (R, R)."""
-        return None if self.shared_core is None else self._scaled(self.shared_core, (0, 1))
+        return None if self.shared_core is None else self._weighted(self._scaled(self.shared_core, (0, 1)))
 
     def to_tensor(self) -> Tensor:
         """The formed experts (K, T, D, O), without the shared slice; for small layers and tests."""
@@ -202,6 +215,8 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         for parameter, part in zip(own, parts):
             if parameter is not None and part is not None:
                 parameter.copy_(part)
+        for weight in self.lasso_weights:
+            weight.fill_(1)
         return self._rescale_factors_()
 
     def kaiming_(self) -> ExpertTensor:
@@ -253,7 +268,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         return [eye, self.expert_factor, self.input_mode, self.output_mode]
 
     def _acting_core(self) -> Tensor:
-        return self._scaled(self.core, (1, 2, 3))
+        return self._weighted(self._scaled(self.core, (1, 2, 3)))
 
     def _scaled(self, core: Tensor, dim: tuple[int, ...]) -> Tensor:
         """A core as it acts, given the modes of one group's part of it."""
@@ -262,6 +277,20 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         if self.normalize is True:
             return core / ops.safe_norm(core, dim=dim, keepdim=True)
         return core * (1 + core.square().sum(dim, keepdim=True) / core.shape[-1]).rsqrt()
+
+    @property
+    def lasso_weights(self) -> list[nn.Parameter]:
+        """The weights of a tensor lasso: (P,), (R,) and, unless the D-modes are tied, (R,); none without one."""
+        weights = (self.lasso_expert, self.lasso_input, self.lasso_output)
+        return [weight for weight in weights if weight is not None]
+
+    def _weighted(self, core: Tensor) -> Tensor:
+        """A core (K, P, R, R) or a shared slice (R, R) under the weights of a tensor lasso."""
+        if not self.lasso_weights:
+            return core
+        expert, rows, *columns = self.lasso_weights
+        core = core * rows.unsqueeze(-1) * (columns or [rows])[0]
+        return core if core.ndim == 2 else core * expert.view(-1, 1, 1)
 
     def _unscaled(self, core: Tensor, dim: tuple[int, ...]) -> Tensor:
         """The core that acts as this one; with "bounded", one whose norm is below √R."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .inputs import Inputs, padding_mask, rows_per_sample
+from .inputs import Inputs, padding_mask, prompt_mask, rows_per_sample
 
 
 def as_units(
@@ -18,8 +18,12 @@ def as_units(
     *,
     per_sample: bool,
     pool_padding: bool,
+    pool_answers: bool,
 ) -> tuple[Tensor, Tensor | None]:  # (N, S, D), (N, S)
-    """View a layer's input as routed units, with its padding mask if it has padding to leave out.
+    """View a layer's input as routed units, with a mask of the tokens that count if some are to be left out.
+
+    Left out are padding, and where samples are routed the answers that a causal language model is trained on: when it
+    generates, it has the prompt alone to route by. A sample without a prompt counts whole.
 
     Raises
     ------
@@ -38,8 +42,19 @@ def as_units(
     pooled = tokens == 1 and inputs.positions != 1
     keep = padding_mask(inputs, samples, tokens) if padded and not pooled else None
     if per_sample:
-        return x, keep
+        prompt = None if pool_answers or pool_padding or pooled else prompt_mask(inputs, samples, tokens)
+        return x, keep if prompt is None else _where_any(prompt, keep)
     return x.reshape(1, -1, width), None if keep is None else keep.reshape(1, -1)
+
+
+def _where_any(
+    prompt: Tensor,  # (B, S) bool
+    keep: Tensor | None,  # (B, S)
+) -> Tensor:  # (B, S) bool
+    """Unpadded tokens of the prompt, or all unpadded tokens of a sample that has no prompt."""
+    keep = torch.ones_like(prompt) if keep is None else keep.bool()
+    both = keep & prompt.to(keep.device)
+    return torch.where(both.any(1, keepdim=True), both, keep)
 
 
 def check_rows(x: Tensor, inputs: Inputs, layer_name: str) -> None:

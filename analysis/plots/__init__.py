@@ -7,6 +7,7 @@ out, and data without a finite number give axes with the remark "no finite value
 """
 
 from analysis.plots.flow import label_group_flow
+from analysis.plots.laws import fitted_law
 from analysis.plots.load import load_over_time
 from analysis.plots.movement import activation_movement
 from analysis.plots.routing import router_map
@@ -21,6 +22,7 @@ __all__ = [
     "core_slices",
     "expert_scaling",
     "expert_similarity",
+    "fitted_law",
     "label_group_flow",
     "layer_group_similarity",
     "load_over_time",
