@@ -28,7 +28,7 @@ def trade_off(
     parameters: str = "parameters",
     score: str = "score",
 ) -> pd.DataFrame:
-    """Average runs that agree in method and size, and mark the Pareto front.
+    """Average runs that agree in method and size, and mark the Pareto front of all and that of every method.
 
     Parameters
     ----------
@@ -40,8 +40,8 @@ def trade_off(
     Returns
     -------
     DataFrame
-        Columns ``method``, ``parameters``, ``score`` (mean), ``error`` (standard error; NaN for one run), ``seeds``
-        and ``front``; sorted by size.
+        Columns ``method``, ``parameters``, ``score`` (mean), ``error`` (standard error; NaN for one run), ``seeds``,
+        ``front`` and ``leads`` (on the front of its own method); sorted by size.
 
     Raises
     ------
@@ -58,7 +58,11 @@ def trade_off(
     table = groups.agg(score="mean", error="sem", seeds="count").reset_index()
     table = table.rename(columns={method: "method", parameters: "parameters"})
     table = table.sort_values(["parameters", "score"], ascending=[True, False], ignore_index=True)
-    return table.assign(front=pareto_front(table["parameters"].to_numpy(), table["score"].to_numpy()))
+    leads = pd.Series(False, index=table.index)
+    for _, own in table.groupby("method"):
+        leads[own.index] = pareto_front(own["parameters"].to_numpy(), own["score"].to_numpy())
+    front = pareto_front(table["parameters"].to_numpy(), table["score"].to_numpy())
+    return table.assign(front=front, leads=leads)
 
 
 def pareto_front(
@@ -85,12 +89,14 @@ def expert_counts(runs: pd.DataFrame, series: str | None = None, score: str = "s
         raise ValueError(f"runs lack the columns {', '.join(missing)}; they have {', '.join(map(str, runs.columns))}")
     table = runs.dropna(subset=["k", "t"])
     table = table.assign(experts=table["k"].astype(int) * table["t"].astype(int))
-    by = ["experts"]
-    if series is not None:
-        table["series"] = [f"{series}={value}" for value in table[series]]
-        by = ["series", "experts"]
     table = table[np.isfinite(table[score].astype(float))]
-    return table.groupby(by, sort=True)[score].agg(score="mean", error="sem", seeds="count").reset_index()
+    by = ["experts"] if series is None else [series, "experts"]
+    means = table.groupby(by, sort=True)[score].agg(score="mean", error="sem", seeds="count").reset_index()
+    if series is None:
+        return means
+    # Named after sorting, so that r=16 comes after r=2.
+    named = [f"{series}={value}" for value in means.pop(series)]
+    return means.assign(series=named)
 
 
 def parameter_scaling(

@@ -255,6 +255,17 @@ def test_trade_off_draws_methods_bands_and_the_front():
     assert len({(c[0].get_color(), c[0].get_marker()) for c in ax.containers}) == 3
 
 
+def test_settings_that_do_not_lead_their_method_are_marks_beside_its_curve():
+    leads = np.arange(len(TRADE)) != 1
+    others = TRADE.loc[~leads, ["parameters", "score"]].to_numpy()
+    ax = drawn(plots.trade_off(TRADE.assign(leads=leads)))
+    lora = next(c for c in ax.containers if c.get_label().startswith("LoRA"))[0]
+    assert len(lora.get_xydata()) == 1
+    faint = [line for line in ax.lines if line.get_alpha() is not None and line.get_linestyle() == "None"]
+    assert [line.get_xydata().tolist() for line in faint] == [[[float(x), float(y)] for x, y in others]]
+    assert faint[0].get_color() == lora.get_color()
+
+
 def test_trade_off_of_one_point_and_of_one_number_of_seeds():
     ax = drawn(plots.trade_off(TRADE.head(1)))
     assert legend(ax) == ["LoRA"] and ax.get_ylabel() == "score (mean ± 1 s.e., n = 5)"

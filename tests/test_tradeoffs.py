@@ -19,6 +19,7 @@ def test_runs_are_averaged_and_the_front_is_marked():
     assert table["method"].tolist() == ["tucka", "lora", "lora"] and table["score"].tolist() == [90, 75, 80]
     assert table["error"][1] == pytest.approx(5) and np.isnan(table["error"][0])
     assert table["seeds"].tolist() == [1, 2, 1] and table["front"].tolist() == [True, False, False]
+    assert table["leads"].tolist() == [True, True, True]
 
 
 def test_the_front_is_what_nothing_beats():
@@ -36,6 +37,7 @@ def test_expert_counts_multiply_groups_and_experts():
     assert table["experts"].tolist() == [4] and table["score"].tolist() == [3.0] and table["seeds"].tolist() == [3]
     table = tradeoffs.expert_counts(runs, series="r")
     assert table["series"].tolist() == ["r=4", "r=8"] and table["score"].tolist() == [2.0, 5.0]
+    assert tradeoffs.expert_counts(runs.assign(r=[2, 16, 4]), series="r")["series"].tolist() == ["r=2", "r=4", "r=16"]
 
 
 def test_growth_follows_the_closed_forms():

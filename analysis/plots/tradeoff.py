@@ -20,7 +20,8 @@ def trade_off(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     table : DataFrame
         Columns method; parameters, the number trained; score, a mean over seeds, in the unit of the caller; error, its
         standard error, or NaN; seeds, how many, or NaN; front, whether no other row has a higher score with as few
-        parameters.
+        parameters. Optionally leads, whether no other row of the method has: the others are faint marks beside the
+        method's curve.
     ax : Axes, optional
         Where to draw; a new figure by default.
 
@@ -36,7 +37,8 @@ def trade_off(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ValueError
         If columns or rows are missing, or a number of parameters is not positive.
     """
-    table = checked("table", table, ["method", "front"], ["parameters", "score", "error", "seeds"])
+    leads = table["leads"].to_numpy(bool) if isinstance(table, pd.DataFrame) and "leads" in table else True
+    table = checked("table", table, ["method", "front"], ["parameters", "score", "error", "seeds"]).assign(leads=leads)
     if (table["parameters"] <= 0).any():
         raise ValueError(f"column 'parameters' of table is positive, found {table['parameters'].min():g}")
     ax = axes_or_new(ax)
@@ -50,7 +52,10 @@ def trade_off(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     for method, look in looks(list(dict.fromkeys(table["method"]))).items():
         rows = table[table["method"] == method]
         seeds = f" ({_seeds(rows['seeds'])})" if varied and rows["seeds"].notna().any() else ""
-        handles.append(curve(ax, rows, "parameters", f"{method}{seeds}", look))
+        handles.append(curve(ax, rows[rows["leads"]], "parameters", f"{method}{seeds}", look))
+        others = rows[~rows["leads"]]
+        if len(others):
+            ax.plot(others["parameters"], others["score"], linestyle="", alpha=0.3, zorder=1, **look)
     front = table[table["front"].astype(bool) & np.isfinite(table["score"])].sort_values("parameters")
     if len(front) and front["parameters"].iloc[-1] < table["parameters"].max():
         # More parameters than the last of the front buy nothing.
