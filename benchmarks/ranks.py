@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--lr", type=float, default=0.016, help="learning rate (default: 0.016)")
     add("--seeds", type=int, default=5, help="how many seeds (default: 5)")
     add("--jobs", type=int, default=1, help="processes of one thread each (default: 1)")
-X/quality", help="directory of pretrained weights (default: %(default)s)")
+    add("--work", default="out/quality", help="directory of pretrained weights (default: %(default)s)")
     add("--out", default="docs/results/ranks.csv", help="results (default: %(default)s)")
     args = parser.parse_args(argv)
     grid = {
