@@ -57,7 +57,7 @@ def run(settings: dict[str, Any], seed: int) -> dict[str, Any]:
     """Train and score one choice of ranks; a run of `analysis.sweep`."""
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
-    task = task_of(settings["task"], seed, Options(Path(settings["work"]), None))
+    task = task_of(settings["task"], seed, Options(Path(settings["work"]), None, settings.get("samples")))
     fields = {"share_factors": settings["share_factors"]}
     config = CHOICES[settings["ranks"]](task, seed, settings["r"], fields)
 

@@ -12,6 +12,7 @@ from peft import get_peft_model
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not part of what is installed
 
 from benchmarks import quality, report
+from benchmarks import ranks as ranks_benchmark
 from benchmarks.arms import ABLATIONS, METHODS, arm_of, parse_settings, tucka_size
 from benchmarks.figures import draw_scores, mark_of
 from benchmarks.fitting import optimiser_groups
@@ -337,3 +338,10 @@ def test_live_bytes_rise_and_fall_with_the_tensors():
         b.sum().item()
     del b
     assert live.now == 0 and 8000 <= live.peak <= 8100
+
+
+def test_budgeted_ranks_spend_no_more_than_uniform_ones(work):
+    settings = dict(task="digits4-conflict", r=4, lr=0.016, share_factors=False, work=str(work), samples=100)
+    rows = {ranks: ranks_benchmark.run({**settings, "ranks": ranks}, 0) for ranks in ranks_benchmark.CHOICES}
+    assert 0.9 * rows["uniform"]["parameters"] <= rows["budgeted"]["parameters"] <= rows["uniform"]["parameters"]
+    assert rows["uniform"]["rank_pattern"] == "{}" and "fc1" in rows["budgeted"]["rank_pattern"]
