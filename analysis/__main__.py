@@ -22,8 +22,11 @@ from analysis.report.accounting import shapes_of
 from analysis.report.files import write_atomically
 from analysis.styles import WIDTHS, style
 from analysis.sweeps.command import add_command as add_sweep
+from analysis.sweeps.work import one_line
 
 FORMATS = ("pdf", "svg", "eps", "png")
+MOST = 600
+"""Characters of an error message."""
 STYLES = ("paper", "notebook", "slides")
 OPTIONS = {"adapter": "--adapter", "observed": "--data", "labels": "--labels", "log": "--log", "runs": "--runs"}
 """What a figure needs, and the option that gives it."""
@@ -54,7 +57,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, and stop."""
-        self.exit(2, f"{self.prog}: error: {_one_line(message)} (see --help)\n")
+        self.exit(2, f"{self.prog}: error: {one_line(str(message), MOST)} (see --help)\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,10 +71,10 @@ def main(argv: list[str] | None = None) -> int:
             warnings.simplefilter("ignore")
             written = args.run(args)
     except UsageError as error:
-        sys.stderr.write(f"{parser.prog} {args.command}: error: {_one_line(error)} (see --help)\n")
+        sys.stderr.write(f"{parser.prog} {args.command}: error: {one_line(str(error), MOST)} (see --help)\n")
         return 2
     except (ValueError, OSError, ImportError) as error:
-        sys.stderr.write(f"{parser.prog} {args.command}: {_one_line(error)}\n")
+        sys.stderr.write(f"{parser.prog} {args.command}: {one_line(str(error), MOST)}\n")
         return 1
     except KeyboardInterrupt:
         return 130
@@ -250,11 +253,6 @@ def _needed(name: str) -> str:
 
 def _folded(text: str, width: int = 94) -> str:
     return textwrap.fill(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
-
-
-def _one_line(message: Any, most: int = 600) -> str:
-    line = " ".join(str(message).split())
-    return line if len(line) <= most else f"{line[: most - 1]}…"
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ class RouterWeights(NamedTuple):
     layer : str
         Name of the layer that holds it.
     centroids : Tensor, (K·T, F)
-        Of standardised features unless the affinity is the paper's.
+        Of scaled features unless the affinity is the paper's.
     center, scale : Tensor, (F,), or None
         What a feature is centred by and divided by.
     """

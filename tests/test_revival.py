@@ -12,7 +12,7 @@ from torch import distributed, nn
 
 import tucka
 from tucka.balance import max_violation, record_loads
-from tucka.revival import _two_means, revive
+from tucka.revival import revive, two_means
 
 
 def texts(samples, seed, topics=4, width=11):
@@ -278,10 +278,10 @@ def test_two_means_against_all_partitions():
         return sum(float((half - half.mean(0)).square().sum()) for half in halves if len(half))
 
     every = [torch.tensor([code >> bit & 1 for bit in range(9)]).bool() for code in range(1, 2**8)]
-    found = _two_means(points)
+    found = two_means(points)
     assert found.sum() <= 4
     assert cost(found) == pytest.approx(min(map(cost, every)))
-    assert _two_means(points[:1]) is None and _two_means(points[:1].repeat(5, 1)) is None
+    assert two_means(points[:1]) is None and two_means(points[:1].repeat(5, 1)) is None
 
 
 def test_scikit_learn_is_not_imported_with_it():

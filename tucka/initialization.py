@@ -73,24 +73,19 @@ def initialize(
     config: TuckAConfig = model.peft_config[name]  # type: ignore[assignment, index]
     routers = {tower: dispatcher.router(name) for tower, dispatcher in dispatchers_of(model, name).items()}
     starts_experts = config.init_experts in DATA_STARTS and config.init_weights
-    starts_routers = config.init_router != "kaiming"
-    if not starts_experts and not starts_routers:
+    if not starts_experts and config.init_router == "kaiming":
         raise ValueError(
             f"adapter {name!r} starts without data: init_router={config.init_router!r} and "
             f"init_experts={config.init_experts!r} read none"
         )
     wanted = samples if starts_experts or config.init_router != "perturb" else 1
     with as_found(model), bare(layers_of(model)), _all_or_nothing(routers.values()):
-        batches, features = _read_features(model, layers, name, calibration, wanted, progress)
-        if config.init_router == "perturb":
-            _perturb(model, layers, name, routers, batches[0], config.routing == "sample")
-        elif starts_routers:
-            for tower, feature in features.items():
-                start_router_from(routers[tower], feature)
+        batches, features = read_features(model, layers, name, calibration, wanted, progress)
+        start_routers(model, layers, name, config, batches[0], features)
         if starts_experts:
-            clusters = {tower: _clusters(routers[tower], feature) for tower, feature in features.items()}
+            clusters = {tower: clusters_of(routers[tower], feature) for tower, feature in features.items()}
             collector = MomentCollector(layers, name, config, clusters)
-            _read_moments(model, layers, batches, collector, config, loss, progress)
+            read_moments(model, layers, batches, collector, config, loss, progress)
             for layer, found in collector.decompositions():
                 start_experts_from(layer.tucka_experts[name], found, config)  # type: ignore[arg-type]
     _share_start(layers, name)
@@ -108,7 +103,7 @@ def _all_or_nothing(routers: Iterable[Router]) -> Iterator[None]:
         raise
 
 
-def _read_features(
+def read_features(
     model: nn.Module, layers: list[TuckALayer], name: str, calibration: Iterable[Any], samples: int, progress: bool
 ) -> tuple[list[Any], dict[str, Tensor]]:
     """Batches of (at least) so many samples, and the features of every tower that saw them, (N, F)."""
@@ -126,6 +121,23 @@ def _read_features(
     return batches, {tower: torch.cat(parts) for tower, parts in reader.features.items() if parts}
 
 
+def start_routers(
+    model: nn.Module,
+    layers: list[TuckALayer],
+    name: str,
+    config: TuckAConfig,
+    batch: Any,
+    features: dict[str, Tensor],  # (N, F), by tower
+) -> None:
+    """Start the routers of an adapter as it is configured: "perturb" from the first batch, k-means from features."""
+    routers = {tower: dispatcher.router(name) for tower, dispatcher in dispatchers_of(model, name).items()}
+    if config.init_router == "perturb":
+        _perturb(model, layers, name, routers, batch, config.routing == "sample")
+    elif config.init_router != "kaiming":
+        for tower, feature in features.items():
+            start_router_from(routers[tower], feature)
+
+
 def _perturb(
     model: nn.Module, layers: list[TuckALayer], name: str, routers: dict[str, Router], batch: Any, per_sample: bool
 ) -> None:
@@ -138,7 +150,7 @@ def _perturb(
             routers[tower].start(features[0])
 
 
-def _clusters(
+def clusters_of(
     router: Router,
     features: Tensor,  # (N, F)
 ) -> Tensor:  # (N,) cluster i·T + j of every sample
@@ -149,7 +161,7 @@ def _clusters(
     return route.group * router.config.t + route.gates.argmax(-1)
 
 
-def _read_moments(
+def read_moments(
     model: nn.Module,
     layers: list[TuckALayer],
     batches: list[Any],
@@ -158,6 +170,7 @@ def _read_moments(
     loss: Loss | None,
     progress: bool,
 ) -> None:
+    """Run batches and let a collector hear the activations of every layer, or the gradients of the loss."""
     gradients, device = config.init_experts == "gradient", device_of(model)
     heard = listening(layers, config.form == "additive", gradients, collector.hear)
     bar = progress_bar(len(batches), config.init_experts, progress, unit=" batches")
@@ -195,11 +208,19 @@ class MomentCollector:
     config : TuckAConfig
     clusters : dict
         Cluster of every sample, (N,), by tower; an expectation over the samples of a cluster weighs each alike.
+    rank : int, optional
+        Largest rank that sketches are to tell; default: that of each layer's experts.
     """
 
     def __init__(
-        self, layers: list[TuckALayer], adapter_name: str, config: TuckAConfig, clusters: dict[str, Tensor]
+        self,
+        layers: list[TuckALayer],
+        adapter_name: str,
+        config: TuckAConfig,
+        clusters: dict[str, Tensor],
+        rank: int | None = None,
     ) -> None:
+        self.rank = rank
         self.layers, self.name, self.config, self.clusters = layers, adapter_name, config, clusters
         self.moments: dict[TuckALayer, Moments] = {}
         self._tests = GaussianTests()
@@ -240,7 +261,8 @@ class MomentCollector:
         placed = dict(device=experts.core.device, dtype=experts.core.dtype)
         if d * o <= FORMED_LIMIT:
             return FormedMoments(clusters, d, o, **placed)
-        return SketchedMoments(clusters, d, o, experts.core.shape[-1], self._tests, **placed)
+        rank = experts.core.shape[-1] if self.rank is None else min(self.rank, d, o)
+        return SketchedMoments(clusters, d, o, rank, self._tests, **placed)
 
     def decompositions(self) -> list[tuple[TuckALayer, Decomposition]]:
         """Truncated HOSVD of every layer that was heard; layers that share factors are decomposed together.

@@ -103,7 +103,7 @@ def revive(
             raise ValueError(
                 f"the router of adapter {name!r} has not started, so no group is dead yet; call tucka.initialize"
             )
-    features = _features(model, name, dispatchers, calibration, samples)
+    features = routing_features(model, name, dispatchers, calibration, samples)
     plans = {tower: _plan(dispatchers[tower].router(name), found, threshold) for tower, found in features.items()}
     plans = _from_first_process(plans)
     for tower, plan in plans.items():
@@ -114,7 +114,7 @@ def revive(
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def _features(
+def routing_features(
     model: nn.Module, name: str, dispatchers: dict[str, Dispatcher], calibration: Iterable[Any], samples: int
 ) -> dict[str, Tensor]:
     """The routing features (N, F) of the calibration units, by tower."""
@@ -189,7 +189,7 @@ def _split(
     tried and the routes they give compared.
     """
     ours = features[chosen_N == busiest]
-    moves = _two_means(ours)
+    moves = two_means(ours)
     if moves is None:
         return None
     wanted_N = chosen_N.clone()
@@ -234,7 +234,7 @@ def _shifts(
                     yield who * (onto_mean + step * direction).unsqueeze(1)
 
 
-def _two_means(features: Tensor) -> Tensor | None:
+def two_means(features: Tensor) -> Tensor | None:
     """Which units (N,) belong to the smaller of two clusters; None if all features are the same."""
     if len(features) < 2 or bool((features == features[0]).all()):
         return None

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..model import dispatchers_of, single_adapter_name
 from ..ops import safe_norm
-from ..revival import _features, _two_means
+from ..revival import routing_features, two_means
 from ..routing import Router
 from .families import first_process
 from .regrouping import Regrouping, regroup
@@ -108,7 +108,7 @@ def expand(
     dispatchers = dispatchers_of(model, name)
     if any(dispatcher.router(name).awaits_start for dispatcher in dispatchers.values()):
         raise ValueError(f"the router of adapter {name!r} has not started; call tucka.initialize")
-    features = {} if calibration is None else _features(model, name, dispatchers, calibration, samples)
+    features = {} if calibration is None else routing_features(model, name, dispatchers, calibration, samples)
     plans = first_process(
         {tower: _plan(dispatcher.router(name), features.get(tower), k, t) for tower, dispatcher in dispatchers.items()}
     )
@@ -194,7 +194,7 @@ def _candidates(router: Router, features: Tensor, held: Tensor) -> list[Tensor]:
     With and without the part along which all units prefer the same copy: that of their mean, or by distance, of its
     difference from the centroids.
     """
-    halves = _two_means(features)
+    halves = two_means(features)
     if halves is None:
         return []
     seen = features if router.center is None or router.scale is None else (features - router.center) / router.scale

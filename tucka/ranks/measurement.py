@@ -25,12 +25,11 @@ from ..apply import default_config
 from ..calibration import Loss, as_found, bare
 from ..config import TuckAConfig
 from ..hosvd import leading_vectors
-from ..initialization import MomentCollector, _all_or_nothing, _clusters, _perturb, _read_features, _read_moments
+from ..initialization import MomentCollector, clusters_of, read_features, read_moments, start_routers
 from ..layer import TuckALayer
 from ..model import TuckAModel, dispatchers_of, layers_of, single_adapter_name
-from ..moments import FORMED_LIMIT, FormedMoments, Moments, SketchedMoments
+from ..moments import Moments
 from ..ops import safe_norm
-from ..starts import start_router_from
 from .families import Family, families_of, router_parameters
 
 MODES = ("group", "expert", "input", "output")
@@ -194,20 +193,6 @@ def _adapted_meanwhile(model: nn.Module, config: TuckAConfig, name: str) -> Iter
         torch.random.set_rng_state(drawn)
 
 
-class _Collector(MomentCollector):
-    """Moments for ranks up to the largest looked at, whatever ranks the experts have."""
-
-    max_rank = 0
-
-    def _new(self, layer: TuckALayer, d: int, o: int) -> Moments:
-        experts: Any = layer.tucka_experts[self.name]
-        clusters = experts.shape[0] * experts.shape[1]
-        placed = dict(device=experts.core.device, dtype=experts.core.dtype)
-        if d * o <= FORMED_LIMIT:
-            return FormedMoments(clusters, d, o, **placed)
-        return SketchedMoments(clusters, d, o, min(self.max_rank, d, o), self._tests, **placed)
-
-
 def _measure(
     model: nn.Module,
     calibration: Iterable[Any],
@@ -222,18 +207,13 @@ def _measure(
     routers = {tower: dispatcher.router(name) for tower, dispatcher in dispatchers_of(model, name).items()}
     before = {tower: router.snapshot() for tower, router in routers.items()}
     try:
-        with as_found(model), bare(layers_of(model)), _all_or_nothing(routers.values()):
-            batches, features = _read_features(model, layers, name, calibration, samples, progress)
+        with as_found(model), bare(layers_of(model)):
+            batches, features = read_features(model, layers, name, calibration, samples, progress)
             if any(router.awaits_start for router in routers.values()):
-                if config.init_router == "perturb":
-                    _perturb(model, layers, name, routers, batches[0], config.routing == "sample")
-                elif config.init_router != "kaiming":
-                    for tower, feature in features.items():
-                        start_router_from(routers[tower], feature)
-            clusters = {tower: _clusters(routers[tower], feature) for tower, feature in features.items()}
-            collector = _Collector(layers, name, config, clusters)
-            collector.max_rank = max_rank
-            _read_moments(model, layers, batches, collector, config, loss, progress)
+                start_routers(model, layers, name, config, batches[0], features)
+            clusters = {tower: clusters_of(routers[tower], feature) for tower, feature in features.items()}
+            collector = MomentCollector(layers, name, config, clusters, max_rank)
+            read_moments(model, layers, batches, collector, config, loss, progress)
             return [_measured(family, collector.moments, max_rank) for family in families_of(model, name)]
     finally:
         for tower, router in routers.items():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..balance import Load, LoadMeter
 from ..model import dispatchers_of, single_adapter_name
-from ..revival import _features
+from ..revival import routing_features
 from .families import first_process
 from .regrouping import Regrouping, regroup
 from .resizing import unwrapped
@@ -88,7 +88,7 @@ def prune(
         raise ValueError(f"the router of adapter {name!r} has not started, so no load is its own yet")
     shares = _given(load, dispatchers, config) if load is not None else {}
     if calibration is not None:
-        shares = _measured(dispatchers, name, _features(model, name, dispatchers, calibration, samples), config)
+        shares = _measured(dispatchers, name, routing_features(model, name, dispatchers, calibration, samples), config)
     shares = first_process(shares)
     if k is None and t is None:
         k = max(int((share.sum(1) >= threshold / config.k).sum()) for share in shares.values())
