@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from conftest import ARCHITECTURES, build
 from transformers import AutoConfig, AutoModel
 
+import tucka
 from tucka.layer import linear_features
 from tucka.targets import DEFAULT_TARGETS
 
@@ -19,3 +21,14 @@ def test_every_default_target_is_a_linear_layer_of_its_architecture(architecture
     for target in DEFAULT_TARGETS[architecture]:
         assert target in found, f"{architecture} has no {target}"
         assert all(linear_features(module) for module in found[target])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_default_rank_goes_by_the_layers_adapted(name):
+    """A head of two classes is trained whole, and makes no rank of two."""
+    assert tucka.apply(build(name)).peft_config["default"].r == tucka.TuckAConfig.r
+
+
+def test_the_default_rank_fits_the_narrowest_layer():
+    narrow = torch.nn.Sequential(torch.nn.Linear(9, 4), torch.nn.Linear(4, 9))
+    assert tucka.apply(narrow).peft_config["default"].r == 4

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from . import balance
 from .balance import record_loads
 from .config import TuckAConfig
+from .diagnosis import doctor
 from .initialization import initialize
 from .model import TuckAModel
 from .optim import hold_unselected, param_groups
@@ -31,6 +32,7 @@ __all__ = [
     "__version__",
     "apply",
     "balance",
+    "doctor",
     "expand",
     "hold_unselected",
     "initialize",

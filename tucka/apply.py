@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
 from peft import PeftModel, TaskType, get_peft_model
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -97,10 +100,23 @@ def default_config(model: nn.Module) -> TuckAConfig:
     known = isinstance(model, PreTrainedModel) and model.config.model_type in DEFAULT_TARGETS
     task = next((task for end, task in TASK_OF_CLASS.items() if name.endswith(end)), None)
     head = next((head for end, head in HEAD_OF_CLASS.items() if name.endswith(end)), None)
-    widths = [min(features) for features in map(linear_features, model.modules()) if features is not None]
-    return TuckAConfig(
-        r=min([TuckAConfig.r, *widths]),
+    config = TuckAConfig(
         task_type=task,
         target_modules=None if known else "all-linear",
         modules_to_save=[head] if head else None,
     )
+    config.r = min([config.r, *_adapted_widths(model, copy.copy(config))])
+    return config
+
+
+def _adapted_widths(model: nn.Module, config: TuckAConfig) -> list[int]:
+    """The narrower side of every layer that a configuration adapts; heads that are trained whole are none of them."""
+    config.target_modules = config.target_modules or DEFAULT_TARGETS[model.config.model_type]
+    _maybe_include_all_linear_layers(config, model)
+    heads = {*(config.modules_to_save or ()), *SEQ_CLS_HEAD_NAMES}
+    targets = [
+        module
+        for name, module in model.named_modules()
+        if check_target_module_exists(config, name) and heads.isdisjoint(name.split("."))
+    ]
+    return [min(features) for features in map(linear_features, targets) if features is not None]

@@ -15,6 +15,7 @@ TASKS: dict[str, Callable[[int, Options], Task]] = {
     "digits8-conflict": partial(digits.build, domains=8, conflict=True),
     "sections": sections.build,
     "pytext": stdlib_text.build,
+    "pytext-asked": partial(stdlib_text.build, asked=True),
     "arithmetic": arithmetic.build,
 }
 """Every task, and what makes it of a seed and `Options`."""

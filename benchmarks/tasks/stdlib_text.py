@@ -1,7 +1,9 @@
 """Five tasks on text from the Python installation, trained together with one head of eight labels for all.
 
 As answer tokens are in multi-task fine-tuning, the labels are shared: label 3 is a module for a docstring and a
-category for the name of a character. Only the text tells the task.
+category for the name of a character. In `pytext` only the text tells the task, and some texts of two tasks look alike;
+in `pytext-asked` each text begins with the name of its task, as the samples of instruction tuning begin with what is
+asked of them.
 """
 
 from __future__ import annotations
@@ -52,14 +54,20 @@ def split_pool(pool: Pool, sizes: Splits, seed: int) -> Splits:
     return Splits(*([(texts[i], labels[i]) for i in part] for part in (train, validation, test)))
 
 
-def build(seed: int, options: Options) -> Task:
-    """Make the mixture."""
+def asking(questions: list[str], parts: list[list[tuple[str, int]]]) -> list[tuple[str, int]]:
+    """The texts and labels of all tasks, each text after its task's question."""
+    return [(question + text, label) for question, part in zip(questions, parts) for text, label in part]
+
+
+def build(seed: int, options: Options, asked: bool = False) -> Task:
+    """Make the mixture; `asked`: each text begins with the name of its task."""
     found = cached(options.work / f"pytext-{platform.python_version()}.pt", pools)
     sizes = Splits(*(min(size, options.samples or size) for size in SIZES))
     splits = Splits(*zip(*(split_pool(pool, sizes, seed) for pool in found.values())))
-    rows = [minilm.tokenised(*zip(*(pair for task in split for pair in task)), TOKENS) for split in splits]
+    questions = [f"{name}: " if asked else "" for name in found]
+    rows = [minilm.tokenised(*zip(*asking(questions, split)), TOKENS + 2 * asked) for split in splits]
     return Task(
-        name="pytext",
+        name="pytext-asked" if asked else "pytext",
         base=partial(minilm.new_classifier, LABELS, seed),
         rows=Splits(*rows),
         domains=Splits(*(np.repeat(np.arange(len(found)), size) for size in sizes)),

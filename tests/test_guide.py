@@ -1,0 +1,36 @@
+"""The python blocks of every page of the guide, run from top to bottom as one script each."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+PAGES = sorted((Path(__file__).parent.parent / "docs" / "guide").glob("*.md"))
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def script_of(page):
+    """The blocks of a page; every other line is a comment, so that a traceback names the page's own lines."""
+    text = page.read_text(encoding="utf-8")
+    kept = {number for match in BLOCK.finditer(text) for number in _lines(text, match.span(1))}
+    lines = text.split("\n")
+    return "\n".join(line if number in kept else "#" for number, line in enumerate(lines))
+
+
+def _lines(text, span):
+    start, end = (text.count("\n", 0, position) for position in span)
+    return range(start, end)
+
+
+def test_there_is_a_guide():
+    assert len(PAGES) >= 10
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    script = tmp_path / f"{page.stem}.py"
+    script.write_text(script_of(page), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names = runpy.run_path(str(script), run_name="__main__")
+    assert "tucka" in names, "a page without code of the library"
