@@ -177,13 +177,13 @@ def read_adapter(directory: str | Path) -> Adapter:
 def natural(name: str) -> list[tuple[int, int | str]]:
     """A key that sorts names by the numbers in them: layer 2 before layer 10."""
     parts = re.split(r"(\d+)", name)
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in parts]
+    return [(0, int(part)) if part.isdecimal() and len(part) < 20 else (1, part) for part in parts]
 
 
 def _require_tucka(path: Path) -> None:
     try:
-        method = json.loads(path.read_text()).get("peft_type")
-    except (ValueError, AttributeError) as error:
+        method = json.loads(path.read_text(encoding="utf-8")).get("peft_type")
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON object") from error
     if method != PEFT_TYPE:
         raise ValueError(f"{path} configures a {method} adapter; what is analysed here are {PEFT_TYPE} adapters")
@@ -217,6 +217,8 @@ def _adapter(name: str, config: TuckAConfig, tensors: Mapping[str, Mapping[str, 
     for layer, own in parts.items():
         if layer not in experts:
             owner = (config.factor_owners or {}).get(layer) or _likely_owner(layer, own, parts)
+            if "input_factor" not in parts.get(owner, {}):
+                raise ValueError(f"layer {layer!r} shares the factors of {owner!r}, which has none of its own")
             experts[layer] = _expert_tensor(layer, own, experts[owner], config)
     layers = tuple(_layer(layer, experts[layer], config) for layer in parts)
     routers = tuple(_router(layer, own) for layer, own in tensors.items() if "centroids" in own)

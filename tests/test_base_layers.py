@@ -45,6 +45,14 @@ class HalfOutputLinear(nn.Linear):
         return super().forward(x).to(torch.bfloat16)
 
 
+class SingleLinear(nn.Linear):
+    """Computes in its own precision under autocast too, as bitsandbytes' 8-bit layer does."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
 class HQQLinear(nn.Module):
     """No `nn.Linear` at all: packed codes under another name, known to PEFT by its class name."""
 
@@ -105,3 +113,22 @@ def test_autocast_keeps_adapter_weights_and_routes_in_single_precision():
     for parameter in model.parameters():
         if parameter.requires_grad:
             assert parameter.dtype == parameter.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("form", ["multiplicative", "additive"])
+def test_autocast_rounds_nothing_that_the_base_does_not_round(form):
+    base = nn.Sequential(SingleLinear(16, 12))
+    x = torch.randn(3, 5, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = base(x)
+        output = tucka.apply(base, plain_config(r=4, target_modules=["0"], form=form))(x)
+    assert output.dtype == torch.float32 and torch.equal(output, expected)
+
+
+def test_packed_layers_say_where_an_adapter_goes():
+    """Nothing of theirs is called `weight`; PEFT itself moves the first adapter, and no other."""
+    config = plain_config(r=4, target_modules=["0"])
+    model = tucka.apply(nn.Sequential(HQQLinear(nn.Linear(16, 12)).to("meta")), config)
+    model.add_adapter("second", config)
+    layer = tucka.model.layers_of(model)[0]
+    assert {parameter.device.type for parameter in layer.parameters()} == {"meta"}

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 import tucka
 from tucka import ops
+from tucka.tensors import ExpertTensor
 
 GRID = [
     dict(zip("ktpr", sizes), routing=routing, form=form, normalize=normalize)
@@ -207,7 +208,9 @@ def test_zero_cores_zero_features_and_low_precision_give_no_nan(normalize):
 
 def test_mixing_touches_nothing_of_expert_size():
     """The update never forms an expert: with D = 4096 and 4096 experts it fits in a few megabytes."""
-    mix = ops.mix_experts(torch.randn(512, 8, 4, 4), torch.randn(8, 8), torch.tensor([3]), torch.rand(1, 8))
+    options = dict(shared_expert=True, normalize="bounded")
+    experts = ExpertTensor.new((512, 8, 4096, 4096), (8, 4), **options).identity_()
+    mix = experts.mix(torch.tensor([3]), torch.rand(1, 8))
     assert mix.shape == (1, 4, 4)
-    factor = torch.randn(4096, 4)
-    assert ops.add_low_rank_update(torch.zeros(2, 4096), torch.randn(2, 4096), factor, mix, factor).shape == (2, 4096)
+    zeros, x = torch.zeros(2, 4096), torch.randn(2, 4096)
+    assert ops.add_update(zeros, x @ experts.input_mode, mix, experts.output_mode).shape == (2, 4096)

@@ -67,7 +67,9 @@ class _Block:
             routes = {name: route.detach() for name, route in routes.items()}
         features = {name: feature for name, feature in self.scope.features.items() if name not in taken}
         recomputed = {name: feature for name, feature in self.scope.features.items() if name in taken}
-        return replace(self.scope, routes=routes, features=features, recomputed=recomputed, trains=False)
+        gathered = {} if self.reentrant else self.scope.gathered  # that variant has a graph for every block
+        mine: dict[str, Any] = dict(routes=routes, features=features, recomputed=recomputed, gathered=gathered)
+        return replace(self.scope, **mine, trains=False, mixes={}, adapted=None)
 
 
 def checkpointed_modules(model: nn.Module) -> list[nn.Module]:
@@ -89,6 +91,9 @@ def keep_routes(dispatcher: Dispatcher, modules: list[nn.Module]) -> None:
             module._gradient_checkpointing_func = RouteKeepingCheckpoint(
                 dispatcher, module._gradient_checkpointing_func
             )
+    scope = dispatcher.current.scope
+    if scope is not None and scope.trains:
+        scope.by_layer |= any(module.gradient_checkpointing for module in modules)
 
 
 def release_routes(modules: list[nn.Module]) -> None:

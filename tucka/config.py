@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import warnings
 from dataclasses import InitVar, dataclass, field
 from typing import Any, Optional, Union
 
 from peft import PeftConfig
 
+from .fields import check_fields, read_object
+from .patterns import check_expressions
 from .registration import PEFT_TYPE, add_peft_type
 
 FORMAT_VERSION = 1
@@ -28,7 +30,7 @@ CHOICES = {
 """Every option with a closed list of values, and the list."""
 
 FLAGS = (
-    "tie_factors", "share_factors", "shared_expert", "pool_padding", "pool_answers", "balance_bias", "sync_route",
+    "tie_factors", "share_factors", "share_inputs", "shared_expert", "pool_padding", "pool_answers", "balance_bias", "sync_route",
     "init_weights", "expert_shares",
 )  # fmt: skip
 """Every option that is either True or False."""
@@ -41,6 +43,7 @@ PAPER = dict(
     form="multiplicative",
     tie_factors=True,
     share_factors=False,
+    share_inputs=False,
     shared_expert=False,
     trainable="all",
     init_router="perturb",
@@ -89,6 +92,10 @@ class TuckAConfig(PeftConfig):
         In the multiplicative form, both D-modes share U.
     share_factors : bool
         Adapted layers with the same name, widths and rank share their D-mode factors.
+    share_inputs : bool
+        In the multiplicative form, layers that read one tensor (query, key and value; gate and up) share its
+        adaptation: x' is computed once for all of them, by the experts of the first. Which layers these are is told by
+        their names (see `tucka.plan.INPUT_FAMILIES`); one that is given another tensor after all adapts that.
     shared_expert : bool
         One always-active R×R slice beside the routed groups.
     trainable : {"all", "core"}
@@ -159,6 +166,7 @@ class TuckAConfig(PeftConfig):
     form: str = _help("'multiplicative' (on the input) or 'additive' (to the output).", "additive")
     tie_factors: bool = _help("Both D-modes share U (multiplicative form).", True)
     share_factors: bool = _help("Layers of one kind and width share their factors.", True)
+    share_inputs: bool = _help("Layers that read one tensor share one adapted input (multiplicative form).", False)
     shared_expert: bool = _help("One always-active slice beside the routed groups.", True)
     trainable: str = _help("'all', or 'core' to hold the D-mode factors.", "all")
     init_router: str = _help("Start of the centroids: 'perturb', 'kaiming', 'kmeans' or 'kmeans_balanced'.", "kmeans")
@@ -201,13 +209,14 @@ class TuckAConfig(PeftConfig):
         self.peft_type = add_peft_type(PEFT_TYPE)
         published = (ec_perturb_scale, use_kaiming_init_ec, use_alb, alb_gamma, router_name)
         self.from_published_code = self.format_version == 0 or any(value is not None for value in published)
+        self.weights_beside: Optional[dict] = None  # what the file says that this was read beside; see `tucka.weights`
         if self.from_published_code:
             self._read_published_fields(*published)
+        validate(self)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        validate(self)
 
     def _read_published_fields(self, ec_perturb_scale, use_kaiming_init_ec, use_alb, alb_gamma, router_name) -> None:
         for name, value in PAPER.items():
@@ -237,23 +246,31 @@ class TuckAConfig(PeftConfig):
         return super().check_kwargs(**kwargs)
 
     @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict:
+        """Read the fields of a configuration file (called by PEFT on loading); see `tucka.fields.read_object`."""
+        return read_object(path_json_file)
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: Optional[str] = None, **kwargs: Any):
         """Read a configuration, and check the weights beside it against it before any model is touched.
 
         Raises
         ------
         ValueError
-            If the weights are no whole safetensors file or their shapes disagree with the configuration.
+            If the configuration is none of this method, or the weights are no whole safetensors file, hold values that
+            are not finite or have shapes that disagree with the configuration.
         """
-        from .state import check_weights_beside
+        from .weights import check_weights_beside
 
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        check_weights_beside(pretrained_model_name_or_path, subfolder, config)
+        hub_options, _, _ = cls._split_kwargs(kwargs)
+        config.weights_beside = check_weights_beside(pretrained_model_name_or_path, subfolder, config, **hub_options)
         return config
 
 
 def validate(config: TuckAConfig) -> None:
     """Raise `ValueError` for what can be rejected without a model."""
+    check_fields(config)
     for name in ("r", "k", "t", "p"):
         _check_count(name, getattr(config, name))
     for name, values in CHOICES.items():
@@ -261,7 +278,8 @@ def validate(config: TuckAConfig) -> None:
             raise ValueError(f"{name}={getattr(config, name)!r} is not one of {', '.join(map(repr, values))}")
     for name in ("alpha", "perturb_scale", "balance_rate", "temperature", "warm_start", "lasso"):
         value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        # Compared, not converted: a whole number may be too large for a float.
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
             raise ValueError(f"{name}={value!r} is not a finite number")
     if config.temperature <= 0:
         raise ValueError(f"temperature={config.temperature} divides the logits: it must be above 0")
@@ -275,22 +293,22 @@ def validate(config: TuckAConfig) -> None:
         raise ValueError(
             f"format_version={config.format_version} is of a later tucka; this one reads up to {FORMAT_VERSION}"
         )
-    if config.rank_pattern is not None:
-        if not isinstance(config.rank_pattern, dict):
-            raise ValueError(f"rank_pattern={config.rank_pattern!r} is not a dictionary {{pattern: r}}")
-        for pattern, rank in config.rank_pattern.items():
-            _check_count(f"rank_pattern[{pattern!r}]", rank)
-    if config.router_module is not None and not isinstance(config.router_module, str):
-        raise ValueError(f"router_module={config.router_module!r} is not a layer name")
+    for pattern, rank in (config.rank_pattern or {}).items():
+        _check_count(f"rank_pattern[{pattern!r}]", rank)
     _check_count("router_depth", config.router_depth, least=0)
     if config.router_depth and config.router_module is not None:
         raise ValueError("router_depth and router_module both say which layer feeds the router; set one of them")
+    if config.share_inputs and config.form != "multiplicative":
+        raise ValueError(
+            f"share_inputs=True shares an adapted input, which form={config.form!r} has not: use form='multiplicative'"
+        )
     if config.sync_route and config.routing != "batch":
         raise ValueError(f"sync_route=True routes the global batch as one, but routing={config.routing!r}")
     if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
         raise ValueError("layers_to_transform selects among listed target_modules, but target_modules is a string")
     if config.layers_pattern and config.layers_to_transform is None:
         raise ValueError("layers_pattern is set but layers_to_transform is not: it says which layers of the pattern")
+    check_expressions(config)
     if config.affinity == "paper" and config.t == 1 and config.init_router.startswith("kmeans"):
         warnings.warn(
             "with t=1 the paper's affinity is a sign, and centroids of k-means then choose by it alone. "

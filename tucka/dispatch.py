@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from .inputs import Inputs, read_inputs
+from .mixer import Mixer
+from .processes import is_sharded, whole
 from .routing import Route, Router
 from .scope import Current, Scope, replaced
 from .units import as_units, check_rows
@@ -39,6 +41,7 @@ class Dispatcher:
         self._encoder = (encoder,)
         self.current = Current()
         self.router_owners: dict[str, Any] = {}  # adapter name -> the TuckALayer that holds its router
+        self.mixer = Mixer()
         self.attachment: Any = None  # the hooks on the model, to be removed with the adapters
 
     def router(self, adapter_name: str) -> Router:
@@ -58,7 +61,9 @@ class Dispatcher:
             current.scope = current.scope.nested(module, inputs, inherit_mask=self._encoder[0] is None)
             return
         trains = module.training and torch.is_grad_enabled()
-        scope = Scope(inputs, {}, trains=trains, pinned=current.pinned, module=module)
+        # A block's parameters are whole in its own forward, so whether they are sharded shows here only.
+        sharded = any(is_sharded(self.router(name).centroids) for name in self.router_owners)
+        scope = Scope(inputs, {}, trains=trains, pinned=current.pinned, module=module, sharded=sharded)
         if current.pinned is None:
             self._continue(scope, module)
         current.scope = scope
@@ -154,6 +159,12 @@ class Dispatcher:
             )
         feature = self.feature(router, layer_name, x, scope.inputs, per_sample=router.per_sample)
         if router.awaits_start and scope.trains:
+            if scope.sharded or not isinstance(router.centroids, nn.Parameter):  # FSDP2, or FSDP1's view of a part
+                raise RuntimeError(
+                    f"the router of adapter {adapter_name!r} would start from this batch, but FSDP drops what is "
+                    "written to its parameters in a forward. Start it before the model is sharded: "
+                    "tucka.apply(model, calibration=...), tucka.initialize, or init_router='kaiming'"
+                )
             router.start(feature)
         scope.features[adapter_name] = _leaf_without_graph(feature)
         if feature.requires_grad and adapter_name in scope.recomputed:
@@ -162,6 +173,29 @@ class Dispatcher:
         if scope.warm is not None and adapter_name in scope.kept:
             route = _where(scope.warm, scope.kept[adapter_name], route)
         return route
+
+    def adapted_input(self, makers: list, x: Tensor) -> Tensor | None:
+        """What those experts made of that very tensor, if they were the last to adapt one in this forward."""
+        known = None if self.current.scope is None else self.current.scope.adapted
+        return known[2] if known is not None and known[0] == makers and known[1] is x else None
+
+    def lend_input(self, makers: list, x: Tensor, adapted: Tensor) -> None:
+        """Keep an adapted input for the layers that read the same tensor; the next one takes its place."""
+        if self.current.scope is not None:
+            self.current.scope.adapted = (makers, x, adapted)
+
+    def whole(self, parameter: Tensor) -> Tensor:
+        """A parameter that may be another layer's; where processes hold parts of it, gathered once per forward.
+
+        FSDP2 gathers a block's parameters while that block runs, but shared factors act in other blocks too.
+        """
+        if not is_sharded(parameter):
+            return parameter
+        known = {} if self.current.scope is None else self.current.scope.gathered
+        found = known.get(parameter)
+        if found is None or (parameter.requires_grad and torch.is_grad_enabled() and not found.requires_grad):
+            found = known[parameter] = whole(parameter)
+        return found
 
     @staticmethod
     def feature(router: Router, layer_name: str, x: Tensor, inputs: Inputs, *, per_sample: bool) -> Tensor:

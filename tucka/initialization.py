@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,12 +20,16 @@ from .hosvd import Decomposition, hosvd_of_moments
 from .layer import TuckALayer
 from .model import dispatchers_of, layers_of, single_adapter_name
 from .moments import FORMED_LIMIT, FormedMoments, GaussianTests, Moments, SketchedMoments
-from .processes import is_distributed
+from .processes import is_distributed, is_sharded, raising_together, require_all_well
 from .routing import Router
 from .starts import DATA_STARTS, start_experts_from, start_router_from
 
 CHUNK = 2048
 """Rows that are added at once: copies in float32 of wide activations stay small."""
+
+LOSS_SCALE = 2.0**10
+"""What the loss is multiplied by before its backward, and gradients divided by after: those of a mean over thousands of
+tokens would vanish in half precision. A power of two changes no digit elsewhere."""
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +70,12 @@ def initialize(
     ------
     ValueError
         If there is no batch, or no such adapter, or it does not start from data; if there are fewer samples than
-        experts; if "gradient" has no loss, or a moment is not finite.
+        experts; if "gradient" has no loss, or a moment is not finite; if the model is sharded already.
+    OtherProcessError
+        In every other process of a distributed run, if one of them raised.
     """
     name = single_adapter_name(model, adapter_name)
-    layers = [layer for layer in layers_of(model) if name in layer.tucka_experts]
+    layers = [layer for layer in layers_of(model) if name in layer.tucka_form]
     config: TuckAConfig = model.peft_config[name]  # type: ignore[assignment, index]
     routers = {tower: dispatcher.router(name) for tower, dispatcher in dispatchers_of(model, name).items()}
     starts_experts = config.init_experts in DATA_STARTS and config.init_weights
@@ -79,14 +85,18 @@ def initialize(
             f"init_experts={config.init_experts!r} read none"
         )
     wanted = samples if starts_experts or config.init_router != "perturb" else 1
-    with as_found(model), bare(layers_of(model)), _all_or_nothing(routers.values()):
+    if any(is_sharded(layer.experts_of(name).core) for layer in layers):
+        raise ValueError(f"adapter {name!r} is sharded over processes (FSDP); start it before the model is sharded")
+    with as_found(model), bare(layers_of(model)), _all_or_nothing(routers.values()), raising_together():
         batches, features = read_features(model, layers, name, calibration, wanted, progress)
         start_routers(model, layers, name, config, batches[0], features)
         if starts_experts:
             clusters = {tower: clusters_of(routers[tower], feature) for tower, feature in features.items()}
-            collector = MomentCollector(layers, name, config, clusters)
+            collector = MomentCollector([layer for layer in layers if name in layer.tucka_experts], name, config, clusters)
             read_moments(model, layers, batches, collector, config, loss, progress)
-            for layer, found in collector.decompositions():
+            decompositions = collector.decompositions()
+            require_all_well()  # all write, or none
+            for layer, found in decompositions:
                 start_experts_from(layer.tucka_experts[name], found, config)  # type: ignore[arg-type]
     _share_start(layers, name)
 
@@ -143,6 +153,7 @@ def _perturb(
 ) -> None:
     """The paper's start, from the first batch as it is routed."""
     reader = FeatureReader(layers, name, per_sample=per_sample)
+    require_all_well()  # a route of the global batch adds up what the processes hold
     reader.read(model, batch, device_of(model))
     for tower, features in reader.features.items():
         if features:
@@ -178,9 +189,11 @@ def read_moments(
         for batch in batches:
             output = run_batch(model, batch, device)
             if gradients:
-                _loss_of(output, batch, loss).backward()
+                (_loss_of(output, batch, loss) * LOSS_SCALE).backward()
             collector.next_batch()
             bar.update()
+    if gradients:
+        _check_reached(collector.layers, collector.moments)
 
 
 def _loss_of(output: Any, batch: Any, loss: Loss | None) -> Tensor:
@@ -193,9 +206,26 @@ def _loss_of(output: Any, batch: Any, loss: Loss | None) -> Tensor:
     if not value.requires_grad:
         raise ValueError(
             "the loss does not depend on any adapted layer (with reentrant checkpointing, call "
-            "enable_input_require_grads() first)"
+            "enable_input_require_grads() first; quantised layers that round their inputs pass no gradient on)"
         )
     return value
+
+
+def _check_reached(layers: list[TuckALayer], reached: Container[TuckALayer]) -> None:
+    missed = [layer.name for layer in layers if layer not in reached]
+    if len(missed) == len(layers):
+        raise ValueError(
+            f"no gradient reached any of the {len(layers)} adapted layers: what lies between them and the loss passes "
+            "none on, as do quantised layers that round their inputs"
+        )
+    if missed:
+        logger.warning(
+            "no gradient reached %d of %d adapted layers, %r among them: they did not run, or a layer between them and "
+            "the loss passes none on. They start without data",
+            len(missed),
+            len(layers),
+            missed[0],
+        )
 
 
 class MomentCollector:
@@ -228,7 +258,11 @@ class MomentCollector:
         self._size = dict.fromkeys(clusters, 0)
 
     def hear(self, layer: TuckALayer, x: Tensor, z: Tensor, rows: Rows) -> None:
-        """Add one call of a layer: inputs x (rows, D), activations or gradients z (rows, D or O)."""
+        """Add one call of a layer: inputs x (rows, D), activations or gradients z (rows, D or O).
+
+        Layers that share an adapted input add to the same tensor: its gradient is the sum of what they send back.
+        """
+        layer = layer.tucka_input_of.get(self.name, layer)
         tower = layer.dispatcher.name
         if layer not in self.moments:
             self.moments[layer] = self._new(layer, x.shape[-1], z.shape[-1])
@@ -241,7 +275,7 @@ class MomentCollector:
         cluster_B = cluster_N[self._start[tower] : self._start[tower] + samples]
         weight_B = 1 / cluster_N.bincount().clamp_min(1)[cluster_B]
         if self.config.init_experts == "gradient":
-            weight_B = weight_B * samples  # a loss is a mean over the samples of its batch
+            weight_B = weight_B * (samples / LOSS_SCALE)  # a loss is a mean over the samples of its batch
         else:
             weight_B = weight_B / rows.sample[rows.keep].bincount(minlength=samples).clamp_min(1)
         sample = rows.sample[rows.keep]

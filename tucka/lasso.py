@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from .processes import whole
+
 THRESHOLD = 1e-6
 """Weights nearer to zero than this are set to zero, as in tensorly-torch."""
 
@@ -39,7 +41,7 @@ def remove_penalty(model: nn.Module) -> None:
 
 def penalty_of(layers: list[Any]) -> Tensor | None:
     """λ times the mean absolute value of all weights of the active adapters; None where there are none."""
-    found = [(experts.lasso, weight) for experts in _active(layers) for weight in experts.lasso_weights]
+    found = [(experts.lasso, whole(weight)) for experts in _active(layers) for weight in experts.lasso_weights]
     if not found:
         return None
     device = found[0][1].device

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Optional
+from itertools import chain
+from typing import Any, NamedTuple, Optional
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
@@ -15,10 +16,11 @@ from peft.utils.other import is_gptqmodel_quant_linear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import ops
+from . import passes
 from .config import TuckAConfig
 from .dispatch import Dispatcher
-from .routing import Router
+from .mixer import mix_layer
+from .routing import Route, Router
 from .starts import start_experts
 from .tensors import ExpertTensor
 
@@ -41,6 +43,24 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
     return None if in_features is None or out_features is None else (in_features, out_features)
 
 
+class Update(NamedTuple):
+    """x U M Vᵀ, not yet multiplied out."""
+
+    form: str
+    projected: Tensor  # (..., R)
+    mix: Tensor  # (N, R, R)
+    output_mode: Tensor  # (O, R)
+
+
+def _added(onto: Tensor, updates: list[Update], form: str, owned: bool) -> Tensor:
+    """A layer's input (multiplicative form) or output (additive form) with the updates of that form."""
+    for update in updates:
+        if update.form == form:
+            factor = update.output_mode.to(onto)
+            onto = passes.add_update(onto, update.projected, update.mix, factor, owned, overwrite=form == "additive")
+    return onto
+
+
 class TuckALayer(nn.Module, BaseTunerLayer):
     """A linear layer (dense, Conv1D or quantised) and its Tucker experts, one set per adapter.
 
@@ -55,7 +75,7 @@ class TuckALayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("tucka_experts", "tucka_router")
-    other_param_names = ("tucka_alpha", "tucka_form", "tucka_routed")
+    other_param_names = ("tucka_alpha", "tucka_form", "tucka_routed", "tucka_input_of")
 
     def __init__(self, base_layer: nn.Module, name: str, dispatcher: Dispatcher) -> None:
         super().__init__()
@@ -71,6 +91,9 @@ class TuckALayer(nn.Module, BaseTunerLayer):
         self.tucka_alpha: dict[str, float] = {}
         self.tucka_form: dict[str, str] = {}
         self.tucka_routed: dict[str, bool] = {}
+        # Whose adapted input this layer takes, itself if it lends its own. A plain dictionary registers nothing twice.
+        self.tucka_input_of: dict[str, TuckALayer] = {}
+        dispatcher.mixer.layers[name] = self
 
     def update_layer(
         self,
@@ -79,15 +102,37 @@ class TuckALayer(nn.Module, BaseTunerLayer):
         rank: int,
         *,
         factors_of: Optional[ExpertTensor] = None,
+        input_of: Optional[TuckALayer] = None,
         routed: bool = True,
         routes: bool = False,
         router_sources: Optional[tuple[str, ...]] = None,
     ) -> None:
         """Add the experts of an adapter, and with `routes` the router of the whole tower.
 
-        A layer that runs before the router (not `routed`) has a single expert, which is always active.
+        A layer that runs before the router (not `routed`) has a single expert, which is always active. One that takes
+        the adapted input of another has no experts.
         """
         placement = self._placement()
+        if input_of is None:
+            self.tucka_experts[adapter_name] = self._new_experts(config, rank, factors_of, routed, placement)
+        else:
+            self.tucka_input_of[adapter_name] = input_of.tucka_input_of[adapter_name] = input_of
+        self.tucka_alpha[adapter_name] = config.alpha
+        self.tucka_form[adapter_name] = config.form
+        self.tucka_routed[adapter_name] = routed
+        if routes:
+            self.tucka_router[adapter_name] = Router(config, self.in_features, router_sources, **placement)
+            self.dispatcher.router_owners[adapter_name] = self
+        self.set_adapter(self.active_adapters)
+
+    def _new_experts(
+        self,
+        config: TuckAConfig,
+        rank: int,
+        factors_of: Optional[ExpertTensor],
+        routed: bool,
+        placement: dict[str, Any],
+    ) -> ExpertTensor:
         additive = config.form == "additive"
         groups, per_group, shared_rank = (config.k, config.t, config.p) if routed else (1, 1, 1)
         experts = ExpertTensor.new(
@@ -102,47 +147,74 @@ class TuckALayer(nn.Module, BaseTunerLayer):
             **placement,
         )
         start_experts(experts, config)
-        self.tucka_experts[adapter_name] = experts
-        self.tucka_alpha[adapter_name] = config.alpha
-        self.tucka_form[adapter_name] = config.form
-        self.tucka_routed[adapter_name] = routed
-        if routes:
-            self.tucka_router[adapter_name] = Router(config, self.in_features, router_sources, **placement)
-            self.dispatcher.router_owners[adapter_name] = self
-        self.set_adapter(self.active_adapters)
+        return experts
 
     def _placement(self) -> dict[str, Any]:
         """Device of the base layer; single precision at least, whatever the weight is stored in."""
-        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        base = self.get_base_layer()
+        device, dtype = self._get_base_layer_device_and_dtype(base)
+        if device is None:  # packed under another name than "weight", as HQQ does
+            device = next((held.device for held in chain(base.parameters(), base.buffers())), None)
         return {"device": device, "dtype": torch.float64 if dtype == torch.float64 else torch.float32}
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the active adapters to x (..., D); several at once add their updates."""
-        names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.tucka_experts]
-        adapted = x
-        for name in names:
-            if self.tucka_form[name] == "multiplicative":
-                adapted = self._add_update(adapted, name, x)
-        y = self.base_layer(adapted, *args, **kwargs)
-        for name in names:
-            if self.tucka_form[name] == "additive":
-                y = self._add_update(y, name, x)
-        return y
+        names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.tucka_form]
+        if not names:
+            return self.base_layer(x, *args, **kwargs)
+        if all(name in self.tucka_input_of for name in names):
+            return self.base_layer(self._shared_input(x, names), *args, **kwargs)
+        owned, dtype = passes.may_overwrite(self.base_layer), passes.product_dtype(x)
+        with passes.without_autocast(x):
+            x, updates = self._updates(x, names, dtype, owned)
+            x = _added(x, updates, "multiplicative", owned)
+        y = self.base_layer(x, *args, **kwargs)
+        with passes.without_autocast(x):
+            return _added(y, updates, "additive", owned)
 
-    def _add_update(self, onto: Tensor, adapter_name: str, x: Tensor) -> Tensor:
-        """Add α x U M Vᵀ at the route of this forward; x is (..., D), `onto` (..., O)."""
-        experts: Any = self.tucka_experts[adapter_name]
-        group, gates = self._group_and_gates(adapter_name, x)
-        with torch.autocast(device_type=x.device.type, enabled=False):  # R×R work, in the parameters' precision
-            mix = experts.mix(group, gates)
-        mix = (mix * self.tucka_alpha[adapter_name]).to(x.dtype)
-        return ops.add_low_rank_update(onto, x, experts.input_mode.to(x), mix, experts.output_mode.to(onto))
+    def _updates(self, x: Tensor, names: list[str], dtype: torch.dtype, owned: bool) -> tuple[Tensor, list[Update]]:
+        """The updates of several adapters, and the input to go on with (see `passes.project`)."""
+        source, updates = x, []
+        x = x.to(dtype) if owned else x  # a plain layer would round it itself
+        for name in names:
+            mix, (input_mode, output_mode) = self._mix(name, source), self.modes(name)
+            if dtype == torch.float16:
+                input_mode, mix = passes.within_range(input_mode, mix)
+            x, projected = passes.project(x, input_mode.to(x.device, dtype), owned)
+            updates.append(Update(self.tucka_form[name], projected, mix.to(dtype), output_mode))
+        return x, updates
 
-    def _group_and_gates(self, adapter_name: str, x: Tensor) -> tuple[Optional[Tensor], Optional[Tensor]]:
+    def _shared_input(self, x: Tensor, names: list[str]) -> Tensor:
+        """x', computed by whichever of the layers that read one tensor runs first."""
+        makers = [(name, self.tucka_input_of[name].name) for name in names]
+        known = self.dispatcher.adapted_input(makers, x)
+        if known is None:
+            dtype = passes.product_dtype(x)
+            with passes.without_autocast(x):
+                _, updates = self._updates(x, names, dtype, owned=False)  # several layers send gradients back
+                known = _added(x, updates, "multiplicative", False)
+            self.dispatcher.lend_input(makers, x, known)
+        return known
+
+    def _mix(self, adapter_name: str, x: Tensor) -> Tensor:  # (N, R, R)
+        """α M of every unit at the route of this forward."""
         if not self.tucka_routed[adapter_name]:
-            return torch.zeros(1, dtype=torch.long, device=x.device), torch.ones(1, 1, device=x.device)
+            always = Route(torch.zeros(1, dtype=torch.long, device=x.device), torch.ones(1, 1, device=x.device))
+            return mix_layer(self, adapter_name, always)
         route = self.dispatcher.route(adapter_name, self.name, x)
-        return (None, None) if route is None else route.to(x.device)[:2]
+        if route is None:
+            return mix_layer(self, adapter_name, None)
+        return self.dispatcher.mixer.mix(adapter_name, self, route, self.dispatcher.current)
+
+    def experts_of(self, adapter_name: str) -> ExpertTensor:
+        """The experts that act on this layer's input or output; those of another layer where it takes its input."""
+        holder = self.tucka_input_of.get(adapter_name, self)
+        return holder.tucka_experts[adapter_name]  # type: ignore[return-value]
+
+    def modes(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """U (D, R) and V (O, R) of an adapter, whole where processes hold parts of them."""
+        experts = self.experts_of(adapter_name)
+        return self.dispatcher.whole(experts.input_mode), self.dispatcher.whole(experts.output_mode)
 
     @contextmanager
     def bare(self) -> Iterator[None]:
@@ -154,14 +226,16 @@ class TuckALayer(nn.Module, BaseTunerLayer):
             self._disable_adapters = before
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
-        """Refused: the update depends on the route of each forward, a weight cannot."""
+        """Refused, unless `tucka.export.merge` has done it: the update depends on the route of each forward."""
+        if self.merged:
+            return
         raise ValueError(
             f"layer {self.name!r} cannot be merged: its update depends on the route of each forward. "
-            "Keep the adapter, or unload() it"
+            "Call merge_and_unload(route=...) on the model"
         )
 
     def unmerge(self) -> None:
-        """Nothing is ever merged."""
+        """Nothing stays merged: a model whose weights were merged has no such layers any more."""
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter's experts and router."""

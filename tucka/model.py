@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Optional
 
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from .dispatch import Dispatcher
+from .fitting import require_fitting_file, require_own_weights, require_room, require_task, saved_modules
 from .generation import keep_prompt_routes, release_prompt_routes
 from .lasso import add_penalty, remove_penalty
 from .layer import TuckALayer
+from .patterns import require_quick_matching
 from .plan import LayerPlan, plan_adapter
 from .state import adapted_names_in, modernise_targets, read_published_weights, require_whole_adapter
 from .targets import DEFAULT_TARGETS
@@ -56,11 +59,16 @@ class TuckAModel(BaseTuner):
             raise ValueError(f"an adapter cannot be called {adapter_name!r}: its tensors are called that in files")
         given: Any = self.peft_config[adapter_name]
         config: Any = self._prepare_adapter_config(given, self.get_model_config(model))
+        require_task(model, config)
+        require_quick_matching(config, [name for name, _ in model.named_modules()])
         if config.from_published_code:
             modernise_targets(config, model)
         names = None if state_dict is None else adapted_names_in(state_dict, self.prefix)
-        self._plans: dict[str, LayerPlan] = plan_adapter(self, model, config, names)
-        borrowed = {name: plan.factors_of for name, plan in self._plans.items() if plan.factors_of is not None}
+        plans = plan_adapter(self, model, config, names)
+        require_room(model, config, plans)
+        require_fitting_file(model, config, plans, saved_modules(model, config, plans, adapter_name))
+        self._plans: dict[str, LayerPlan] = plans
+        borrowed = {name: plan.factors_of for name, plan in plans.items() if plan.factors_of is not None}
         given.factor_owners = borrowed or None
         self._injected_into = model
         try:
@@ -101,6 +109,7 @@ class TuckAModel(BaseTuner):
             peft_config,
             plan.rank,
             factors_of=factors_of,
+            input_of=self._injected_into.get_submodule(plan.input_of) if plan.input_of else None,
             routed=plan.routed,
             routes=plan.routes,
             router_sources=plan.router_sources,
@@ -128,22 +137,51 @@ class TuckAModel(BaseTuner):
             if isinstance(module, TuckALayer):
                 module._move_adapter_to_device_of_base_layer(adapter_name)
 
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = True,
+        adapter_names: Optional[list[str]] = None,
+        *,
+        route: Any = None,
+        loader: Optional[Iterable[Any]] = None,
+    ) -> nn.Module:
+        """Fold a fixed route into the base weights and give the base model back; see `tucka.export.merge`.
+
+        Raises
+        ------
+        ValueError
+            If no route is given and it depends on data, or it cannot be merged. The model is then as it was.
+        """
+        from .export import merge
+
+        if adapter_names is not None and len(adapter_names) != 1:
+            raise ValueError(f"one adapter is merged at a fixed route, but adapter_names={adapter_names}")
+        name = adapter_names[0] if adapter_names else None
+        merged, _ = merge(self, route, loader, adapter_name=name, safe_merge=safe_merge, progressbar=progressbar)
+        return merged
+
     def _check_merge_allowed(self) -> None:
-        raise ValueError(
-            "Tucker experts cannot be merged: the update depends on the route of each forward. "
-            "Keep the adapter, or unload() it"
-        )
+        if not all(layer.merged for layer in layers_of(self.model)):
+            raise ValueError(
+                "Tucker experts cannot be merged in place: the update depends on the route of each forward. Call "
+                "merge_and_unload(route=...), or keep the adapter"
+            )
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
-        if merge:
-            self._check_merge_allowed()
         dispatchers = dispatchers_of(self.model).values()
-        super()._unload_and_optionally_merge(False, *args, **kwargs)
+        super()._unload_and_optionally_merge(merge, *args, **kwargs)
         for dispatcher in dispatchers:
             dispatcher.attachment.remove()
         release_prompt_routes(self.model)
         remove_penalty(self.model)
         return self.model
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, TuckALayer):  # the base layer comes back as it is; quantised ones may have no `weight`
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -152,6 +190,7 @@ class TuckAModel(BaseTuner):
         state_dict = read_published_weights(model, adapter_name, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         require_whole_adapter(model, adapter_name, remapped)
+        require_own_weights(model, config, adapter_name, remapped)
         return remapped
 
 

@@ -7,7 +7,7 @@ Legend, used throughout the package (shape suffixes and einsum letters):
     R  rank of an expert           K  groups of experts
     T  experts in a group          P  rank shared by the experts of a group
     N  routed units (B samples, or 1 for a whole batch)
-    F  length of a routing feature
+    F  length of a routing feature L  adapted layers
 
 Source: TuckA, arXiv 2511.06859, section 3; `mean_std`, the shared slice and the additive form go beyond the paper.
 """
@@ -33,37 +33,58 @@ def safe_norm(
     return torch.where(norm > 0, norm, torch.ones_like(norm))
 
 
+def safe_product(
+    *norms: Tensor,  # () or (L,) each
+) -> Tensor:
+    """The product of norms to divide by, with 1 in place of 0 (see `safe_norm`)."""
+    product = norms[0]
+    for norm in norms[1:]:
+        product = product * norm
+    return torch.where(product > 0, product, 1.0)
+
+
+def scale_core(
+    core: Tensor,  # (..., P, R, R) or (..., R, R)
+    dim: tuple[int, ...],
+    normalize: bool | str,
+) -> Tensor:
+    """A core as it acts, given the modes of one group's part of it: divided by its norm, bounded, or as it is."""
+    if not normalize:
+        return core
+    if normalize is True:
+        return core / safe_norm(core, dim=dim, keepdim=True)
+    return core * (1 + core.square().sum(dim, keepdim=True) / core.shape[-1]).rsqrt()
+
+
 def mix_experts(
-    core: Tensor,  # (K, P, R, R)
-    expert_factor: Tensor,  # (T, P)
-    group: Tensor,  # (N,) integer
+    core: Tensor,  # (L, N, P, R, R), of the group that each unit chose
+    expert_factor: Tensor,  # (L, T, P)
     gates: Tensor,  # (N, T)
-) -> Tensor:  # (N, R, R)
-    """Mix all experts of the chosen group before they touch the data: M = Σ_j g_j Σ_p C[j,p] 𝒢[i₀,p].
-
-    Selecting the group is tensor indexing, so no value leaves the device.
-    """
-    weights_NP = torch.einsum("nt,tp->np", gates, expert_factor)
-    return torch.einsum("np,npqr->nqr", weights_NP, core.index_select(0, group))
+) -> Tensor:  # (L, N, R, R)
+    """Mix all experts of the chosen group before they touch the data: M = Σ_j g_j Σ_p C[j,p] 𝒢[i₀,p]."""
+    weights_LNP = torch.einsum("nt,ltp->lnp", gates, expert_factor)
+    return torch.einsum("lnp,lnpqr->lnqr", weights_LNP, core)
 
 
-def add_low_rank_update(
+def add_update(
     onto: Tensor,  # (..., O)
-    x: Tensor,  # (..., D), rows of one unit contiguous
-    input_factor: Tensor,  # (D, R)
+    projected: Tensor,  # (..., R), rows of one unit contiguous
     mix: Tensor,  # (N, R, R)
     output_factor: Tensor,  # (O, R)
 ) -> Tensor:  # (..., O)
-    """Add U M Vᵀ applied to row vectors, every unit with its own M: onto + ((x U) M) Vᵀ.
-
-    The wide operands are passed over once each: one thin product reads x, one fused product and sum reads `onto`.
-    """
-    units, rank, _ = mix.shape
-    rows = x.shape[:-1].numel() // units if units else 0
-    projected_NSR = (x @ input_factor).reshape(units, rows, rank)
-    mixed_NSR = torch.bmm(projected_NSR, mix).to(onto.dtype)
-    flat = torch.addmm(onto.reshape(-1, onto.shape[-1]), mixed_NSR.reshape(-1, rank), output_factor.mT)
+    """The update of projected inputs, every unit with its own M: onto + ((x U) M) Vᵀ, one fused product and sum."""
+    mixed_NSR = torch.bmm(by_unit(projected, mix.shape[0]), mix).to(onto.dtype)
+    flat = torch.addmm(onto.reshape(-1, onto.shape[-1]), mixed_NSR.flatten(0, 1), output_factor.mT)
     return flat.reshape(onto.shape)
+
+
+def by_unit(
+    x: Tensor,  # (..., R), rows of one unit contiguous
+    units: int,
+) -> Tensor:  # (N, S, R)
+    """View rows as those of N routed units; there may be none."""
+    rows = x.numel() // x.shape[-1] // units if units else 0
+    return x.reshape(units, rows, x.shape[-1])
 
 
 def pool(

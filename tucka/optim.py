@@ -22,20 +22,23 @@ def param_groups(
     factor_lr: float | None = None,
     core_lr: float | None = None,
     router_lr: float | None = None,
+    expert_lr: float | None = None,
     weight_decay: float = 0.0,
     adapter_weight_decay: float = 0.0,
     adapter_name: str | None = None,
 ) -> list[dict[str, Any]]:
     """Groups for a torch optimiser: every parameter that trains, exactly once.
 
-    ========== ==================================================== ============= ========================
-    ``name``   parameters                                           learning rate weight decay
-    ========== ==================================================== ============= ========================
-    cores      ``core``, ``shared_core``                            `core_lr`     `adapter_weight_decay`
-    factors    ``input_factor``, ``output_factor``, `expert_factor` `factor_lr`   `adapter_weight_decay`
-    router     ``centroids``                                        `router_lr`   `adapter_weight_decay`
-    other      everything else that trains, so heads                `lr`          `weight_decay`
-    ========== ==================================================== ============= ========================
+    ============= ==================================================== ============= ========================
+    ``name``      parameters                                           learning rate weight decay
+    ============= ==================================================== ============= ========================
+    cores         ``core``, ``shared_core``                            `core_lr`     `adapter_weight_decay`
+    factors       ``input_factor``, ``output_factor``, ``lasso_…``;    `factor_lr`   `adapter_weight_decay`
+                  without `expert_lr`, ``expert_factor``
+    expert_factor ``expert_factor``, which mixes a group's experts     `expert_lr`   `adapter_weight_decay`
+    router        ``centroids``                                        `router_lr`   `adapter_weight_decay`
+    other         everything else that trains, so heads                `lr`          `weight_decay`
+    ============= ==================================================== ============= ========================
 
     Parameters
     ----------
@@ -43,8 +46,8 @@ def param_groups(
         The adapted model.
     lr : float
         Learning rate of every group that is given none.
-    factor_lr, core_lr, router_lr : float, optional
-        Learning rates of those groups.
+    factor_lr, core_lr, router_lr, expert_lr : float, optional
+        Learning rates of those groups; 0 holds a group where it is.
     weight_decay : float
         Of what is not the adapter's; biases included.
     adapter_weight_decay : float
@@ -67,10 +70,10 @@ def param_groups(
     >>> optimizer = torch.optim.AdamW(tucka.param_groups(model, 1e-3, core_lr=5e-3))  # doctest: +SKIP
     """
     wanted = None if adapter_name is None else single_adapter_name(model, adapter_name)
-    kinds = _kinds(model)
+    kinds = _kinds(model, "factors" if expert_lr is None else "expert_factor")
     if not kinds:
         raise ValueError("the model has no Tucker experts; wrap it with tucka.apply first")
-    rates = {"cores": core_lr, "factors": factor_lr, "router": router_lr, "other": None}
+    rates = dict(cores=core_lr, factors=factor_lr, expert_factor=expert_lr, router=router_lr, other=None)
     groups: dict[str, dict[str, Any]] = {
         name: {
             "name": name,
@@ -92,13 +95,14 @@ def param_groups(
     return filled
 
 
-def _kinds(model: nn.Module) -> dict[nn.Parameter, tuple[str, str]]:
+def _kinds(model: nn.Module, of_expert_factor: str) -> dict[nn.Parameter, tuple[str, str]]:
     """The group and the adapter of every parameter that is an adapter's."""
+    groups = {**dict.fromkeys(CORES, "cores"), "expert_factor": of_expert_factor}
     kinds: dict[nn.Parameter, tuple[str, str]] = {}
     for layer in layers_of(model):
         for adapter, experts in layer.tucka_experts.items():
             for name, parameter in experts.named_parameters():
-                kinds[parameter] = ("cores" if name in CORES else "factors", adapter)
+                kinds[parameter] = (groups.get(name, "factors"), adapter)
         for adapter, router in layer.tucka_router.items():
             kinds.update(dict.fromkeys(router.parameters(), ("router", adapter)))
     return kinds

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple, Optional
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from .config import TuckAConfig
 from .layer import TuckALayer, linear_features
+from .patterns import rank_lookup
 from .towers import Tower, find_towers, tower_of
+
+
+INPUT_FAMILIES = (
+    ("query", "key", "value"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+    ("gate_proj", "up_proj"),
+    ("wi_0", "wi_1"),
+    ("w1", "w3"),
+)
+"""Names under which the layers of one parent module read one tensor."""
 
 
 class LayerPlan(NamedTuple):
@@ -23,6 +37,7 @@ class LayerPlan(NamedTuple):
     router_sources: Optional[tuple[str, ...]]  # layers that may feed it; None: whichever runs first
     factors_of: Optional[str]  # layer whose D-mode factors it shares
     routed: bool  # False: it runs before the router and carries one always-active expert
+    input_of: Optional[str]  # layer whose adapted input it takes, having no experts of its own
 
 
 def plan_adapter(
@@ -48,18 +63,20 @@ def plan_adapter(
         `router_depth` no block that holds one.
     """
     targets = _targets(tuner, model, config, names)
+    rank_of = rank_lookup(config)
     widths = {name: _checked_features(name, module) for name, module in targets.items()}
-    ranks = {name: _checked_rank(name, widths[name], config) for name in targets}
+    ranks = {name: _checked_rank(name, widths[name], rank_of(name), config) for name in targets}
     towers = find_towers(model)
     layers_of: dict[Tower, list[str]] = {}
     for name in targets:
         layers_of.setdefault(tower_of(name, towers), []).append(name)
     routing = _router_places(layers_of, config)
+    borrowers = _borrowers(targets, widths, ranks) if config.share_inputs else {}
     owners: dict[tuple, str] = {}
     plans = {}
     for name in targets:
         kind = (name.rpartition(".")[2], *widths[name], ranks[name])
-        owner = owners.setdefault(kind, name) if config.share_factors else name
+        owner = owners.setdefault(kind, name) if config.share_factors and name not in borrowers else name
         tower = tower_of(name, towers)
         owner_name, sources, unrouted = routing[tower]
         plans[name] = LayerPlan(
@@ -69,6 +86,7 @@ def plan_adapter(
             router_sources=sources,
             factors_of=None if owner == name else owner,
             routed=name not in unrouted,
+            input_of=borrowers.get(name),
         )
     return plans
 
@@ -103,14 +121,25 @@ def _checked_features(name: str, module: nn.Module) -> tuple[int, int]:
     return features
 
 
-def _checked_rank(name: str, features: tuple[int, int], config: TuckAConfig) -> int:
-    pattern = config.rank_pattern or {}
-    rank = pattern.get(get_pattern_key(list(pattern), name), config.r)
+def _checked_rank(name: str, features: tuple[int, int], rank: int, config: TuckAConfig) -> int:
     if rank > features[0]:
         raise ValueError(f"rank r={rank} exceeds in_features={features[0]} of layer {name!r}")
     if config.form == "additive" and rank > features[1]:
         raise ValueError(f"rank r={rank} exceeds out_features={features[1]} of layer {name!r}")
     return rank
+
+
+def _borrowers(targets: Iterable[str], widths: dict[str, tuple[int, int]], ranks: dict[str, int]) -> dict[str, str]:
+    """Layers whose input another layer adapts, and that layer: the first of its parent to read the tensor."""
+    first: dict[tuple, str] = {}
+    borrowers = {}
+    for name in targets:
+        parent, _, leaf = name.rpartition(".")
+        for family in INPUT_FAMILIES:
+            if leaf in family:
+                owner = first.setdefault((parent, family, widths[name][0], ranks[name]), name)
+                borrowers.update({name: owner} if owner != name else {})
+    return borrowers
 
 
 class RouterPlace(NamedTuple):

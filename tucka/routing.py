@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import balance, ops
 from .config import TuckAConfig
 from .ops import safe_norm
-from .processes import from_first_process, is_distributed
+from .processes import from_first_process, is_distributed, mean_over_processes, sum_over_processes, whole
 
 
 class Route(NamedTuple):
@@ -34,8 +34,9 @@ class Route(NamedTuple):
         return Route(function(self.group), gates, None if self.scores is None else function(self.scores))
 
     def detach(self) -> Route:
-        """The same route without its gradient."""
-        return self.map(Tensor.detach)
+        """The same route without its gradient; the route itself where it has none."""
+        tracked = any(field is not None and field.requires_grad for field in self)
+        return self.map(Tensor.detach) if tracked else self
 
     def to(self, device: torch.device) -> Route:
         """The same route on a device."""
@@ -129,10 +130,12 @@ class Router(nn.Module):
     ) -> Tensor:  # (N, F)
         """Pool the router layer's input in the centroids' precision; `alone`: whatever other processes hold."""
         synchronised = self.config.sync_route and not alone and is_distributed()
-        reduce = _sum_over_processes if synchronised else _this_process
+        reduce = sum_over_processes if synchronised else _this_process
+        # Half of single precision, which FSDP2's mixed precision gives parameters, would flip near ties.
+        precision = torch.promote_types(self.centroids.dtype, torch.float32)
         with _no_autocast(x):
             keep = None if self.config.pool_padding else keep
-            return ops.pool(x.to(self.centroids.dtype), keep, self.config.pooling, reduce)
+            return ops.pool(x.to(precision), keep, self.config.pooling, reduce)
 
     def forward(
         self,
@@ -156,12 +159,13 @@ class Router(nn.Module):
     ) -> Tensor:  # (N, K, T)
         """Score a feature against all centroids by the configured affinity."""
         config = self.config
+        centroids = whole(self.centroids).to(feature.dtype)
         if self.center is None or self.scale is None or self.spread is None:
-            return ops.paper_affinity(feature, self.centroids, config.k)
+            return ops.paper_affinity(feature, centroids, config.k)
         feature = (feature - self.center) / self.scale
         if config.affinity == "cosine":
-            return ops.cosine_affinity(feature, self.centroids, config.k, config.temperature, self.log_share)
-        return ops.distance_affinity(feature, self.centroids, config.k, config.temperature, self.spread, self.log_share)
+            return ops.cosine_affinity(feature, centroids, config.k, config.temperature, self.log_share)
+        return ops.distance_affinity(feature, centroids, config.k, config.temperature, self.spread, self.log_share)
 
     @torch.no_grad()
     def start(
@@ -240,9 +244,13 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def balance(self, group: Tensor) -> None:
-        """Move the balancing bias against the load of one training forward; does nothing without `balance_bias`."""
+        """Move the balancing bias against the load of one training forward, over all processes.
+
+        Does nothing without `balance_bias`.
+        """
         if self.config.balance_bias and self.balance_bias is not None:
-            self.balance_bias += balance.bias_step(group, self.config.k, self.config.balance_rate).unsqueeze(-1)
+            step_K = balance.bias_step(group, self.config.k, self.config.balance_rate)
+            self.balance_bias += mean_over_processes(step_K, len(group)).unsqueeze(-1)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -253,12 +261,6 @@ class Router(nn.Module):
 
 def _this_process(total: Tensor) -> Tensor:
     return total
-
-
-def _sum_over_processes(total: Tensor) -> Tensor:
-    from torch.distributed.nn.functional import all_reduce
-
-    return all_reduce(total)
 
 
 def _no_autocast(x: Tensor):

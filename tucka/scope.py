@@ -31,7 +31,13 @@ class Scope:
     shared_input: bool = False  # a layer is applied to something all samples share
     pinned: Route | None = None
     module: nn.Module | None = None  # whose forward this is
+    sharded: bool = False  # processes hold parts of a router, and what is written to it in a forward is lost
+    mixes: dict[tuple[str, bool], dict[str, Tensor]] = field(default_factory=dict)  # (N, R, R) of every layer, by
+    # adapter and whether they were taken under gradient
+    by_layer: bool = False  # blocks are checkpointed: what a layer needs, it computes itself
+    gathered: dict[Tensor, Tensor] = field(default_factory=dict)  # parameters that processes hold in parts, whole
     recomputed: dict[str, Tensor] = field(default_factory=dict)  # features whose later gradients come from elsewhere
+    adapted: tuple[list, Tensor, Tensor] | None = None  # who adapted which tensor last, and to what
     parent: Scope | None = None
 
     def nested(self, module: nn.Module, inputs: Inputs, inherit_mask: bool) -> Scope:
@@ -54,10 +60,14 @@ class Scope:
 class Current(threading.local):
     """What holds in one thread: a model may run in several at once. A copy of a model starts with nothing open."""
 
-    scope: Scope | None = None
-    pinned: Route | None = None
-    recordings: tuple[tuple[str, list[Route]], ...] = ()  # adapter name, where its routes go
-    memory: dict[str, Route] | None = None  # routes of the prompt while `generate` runs
+    def __init__(self) -> None:
+        # In every thread, and on the instance: attributes that a first forward adds would make torch.compile compile
+        # the second one anew.
+        self.scope: Scope | None = None
+        self.pinned: Route | None = None
+        self.recordings: tuple[tuple[str, list[Route]], ...] = ()  # adapter name, where its routes go
+        self.memory: dict[str, Route] | None = None  # routes of the prompt while `generate` runs
+        self.kept: Any = None  # the mixes of the last route taken without gradient
 
     def __deepcopy__(self, memo: dict) -> Current:
         return Current()

@@ -1,13 +1,12 @@
-"""Files: checking them before a model is touched, and reading those of the paper's published code.
+"""State dicts: checking them before anything is copied, and reading those of the paper's published code.
 
-An adapter is PEFT's two files. Keys end in `tucka_experts.{core, expert_factor, input_factor, output_factor,
-shared_core}` and `tucka_router.{centroids, center, scale, spread, initialised, balance_bias}`; a shared factor stands
-at the layer that owns it and nowhere else.
+An adapter is PEFT's two files; `tucka.weights` checks them before a model is touched. Keys end in
+`tucka_experts.{core, expert_factor, input_factor, output_factor, shared_core}` and `tucka_router.{centroids, center,
+scale, spread, initialised, balance_bias}`; a shared factor stands at the layer that owns it and nowhere else.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,83 +17,15 @@ from peft.tuners.tuners_utils import (
     _get_tuner_state_dict_key_prefixes,
     check_target_module_exists,
 )
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from .weights import FILE_PREFIX, PUBLISHED_KEYS
+from .weights import header_shapes as header_shapes
+
 if TYPE_CHECKING:
     from .config import TuckAConfig
-
-PUBLISHED_KEYS = {
-    "tucka_g": "tucka_experts.core",
-    "tucka_c": "tucka_experts.expert_factor",
-    "tucka_u": "tucka_experts.input_factor",
-    "tucka_ec": "tucka_router.centroids",
-}
-"""Ends of the published code's keys, and of ours."""
-
-FILE_PREFIX = "base_model.model."
-
-
-def check_weights_beside(directory: str, subfolder: str | None, config: TuckAConfig) -> None:
-    """Check the local weights file beside a configuration against it, reading its header alone.
-
-    Raises
-    ------
-    ValueError
-        If there are weights but no whole safetensors file, or a shape that the configuration does not give.
-    """
-    folder = Path(directory) / (subfolder or "")
-    path = folder / SAFETENSORS_WEIGHTS_NAME
-    if not path.exists():
-        if (folder / WEIGHTS_NAME).exists():
-            raise ValueError(f"{folder / WEIGHTS_NAME} is a pickle; adapters are read from {path.name} only")
-        return
-    for key, shape in header_shapes(path).items():
-        expected = _expected_shape(key, config)
-        if config.router_depth and shape in ((1, 1), (1, 1, *shape[2:])):  # a layer before the router: one expert
-            expected = None if expected is None else (1, 1, *expected[2:])
-        if expected and (len(shape) != len(expected) or any(e not in (None, s) for e, s in zip(expected, shape))):
-            shown = tuple("…" if size is None else size for size in expected)
-            raise ValueError(
-                f"{path}: {key} has shape {shape}, but k={config.k}, t={config.t}, p={config.p}, "
-                f"r={_rank(key, config)} of its configuration give {shown}"
-            )
-
-
-def header_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors in a safetensors file, by key; `ValueError` if it is none or not whole."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-
-
-def _expected_shape(key: str, config: TuckAConfig) -> tuple[int | None, ...] | None:
-    """The shape a configuration gives a key; None stands for sizes only the model knows."""
-    for published, ours in PUBLISHED_KEYS.items():
-        if key.endswith(f".{published}"):
-            key = key.removesuffix(published) + ours
-    rank = _rank(key, config)
-    return {
-        "core": (config.k, config.p, rank, rank),
-        "expert_factor": (config.t, config.p),
-        "input_factor": (None, rank),
-        "output_factor": (None, rank),
-        "shared_core": (rank, rank),
-        "centroids": (config.k * config.t, None),
-        "balance_bias": (config.k, config.t),
-    }.get(key.rpartition(".")[2] if ".tucka_" in key else "")
-
-
-def _rank(key: str, config: TuckAConfig) -> int:
-    layer = key.removeprefix(FILE_PREFIX).partition(".tucka_")[0]
-    pattern = config.rank_pattern or {}
-    return pattern.get(get_pattern_key(list(pattern), layer), config.r)
 
 
 def adapted_names_in(state_dict: dict[str, Tensor], prefix: str) -> set[str]:
@@ -157,7 +88,7 @@ def read_published_weights(model: nn.Module, adapter_name: str, state_dict: dict
         return state_dict
     from .model import layers_of
 
-    base = _base_model(model)
+    base = base_model(model)
     layers = {published_name(base, layer.name): layer for layer in layers_of(model)}
     renamed: dict[str, Tensor] = {}
     for key, value in state_dict.items():
@@ -173,7 +104,8 @@ def read_published_weights(model: nn.Module, adapter_name: str, state_dict: dict
     return renamed
 
 
-def _base_model(model: nn.Module) -> nn.Module:
+def base_model(model: nn.Module) -> nn.Module:
+    """The model that PEFT's wrappers hold."""
     if isinstance(model, PeftModel):
         return model.get_base_model()
     return model.model if isinstance(model, BaseTuner) else model

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import ops
 from ._tltorch import TuckerTensor
 from .hosvd import hosvd
+from .mixing import acting_cores, mix_layers, shared_slices
 
 FACTOR_ENTRY = 0.25
 """Root mean square of the entries of a bounded factor at its start: how fast an optimiser that moves every entry by its
@@ -161,7 +162,8 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
     @property
     def shared_slice(self) -> Tensor | None:
         """The always-active slice as it acts, (R, R)."""
-        return None if self.shared_core is None else self._weighted(self._scaled(self.shared_core, (0, 1)))
+        slices = shared_slices([self])
+        return None if slices is None else slices[0, 0]
 
     def to_tensor(self) -> Tensor:
         """The formed experts (K, T, D, O), without the shared slice; for small layers and tests."""
@@ -172,22 +174,14 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         self,
         group: Tensor | None,  # (N,)
         gates: Tensor | None,  # (N, T)
+        modes: tuple[Tensor, Tensor] | None = None,  # (D, R), (O, R)
     ) -> Tensor:  # (N, R, R)
         """M of every unit, so that x U M Vᵀ is its update; norms of C, U and V are folded in, so it is R×R work.
 
-        With no route (None) it is the shared slice alone, (1, R, R).
+        With no route (None) it is the shared slice alone, (1, R, R). `modes` are U and V where processes hold parts
+        of them, gathered.
         """
-        mix = self.shared_slice
-        if group is not None and gates is not None:
-            routed = ops.mix_experts(self._acting_core(), self.expert_factor, group, gates)
-            if self.normalize:
-                routed = routed / self._norm(self.expert_factor)
-            mix = routed if mix is None else routed + mix
-        elif mix is None:
-            mix = self.core.new_zeros(self.core.shape[-2:])
-        if self.normalize:
-            mix = mix / (self._norm(self.input_mode) * self._norm(self.output_mode))
-        return mix if mix.ndim == 3 else mix.unsqueeze(0)
+        return mix_layers([self], group, gates, None if modes is None else [modes])[0]
 
     def identity_(self) -> ExpertTensor:
         """Zero cores, orthonormal factors: no update, yet the cores receive gradient."""
@@ -268,29 +262,13 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         return [eye, self.expert_factor, self.input_mode, self.output_mode]
 
     def _acting_core(self) -> Tensor:
-        return self._weighted(self._scaled(self.core, (1, 2, 3)))
-
-    def _scaled(self, core: Tensor, dim: tuple[int, ...]) -> Tensor:
-        """A core as it acts, given the modes of one group's part of it."""
-        if not self.normalize:
-            return core
-        if self.normalize is True:
-            return core / ops.safe_norm(core, dim=dim, keepdim=True)
-        return core * (1 + core.square().sum(dim, keepdim=True) / core.shape[-1]).rsqrt()
+        return acting_cores([self], self.core.unsqueeze(0))[0]
 
     @property
     def lasso_weights(self) -> list[nn.Parameter]:
         """The weights of a tensor lasso: (P,), (R,) and, unless the D-modes are tied, (R,); none without one."""
         weights = (self.lasso_expert, self.lasso_input, self.lasso_output)
         return [weight for weight in weights if weight is not None]
-
-    def _weighted(self, core: Tensor) -> Tensor:
-        """A core (K, P, R, R) or a shared slice (R, R) under the weights of a tensor lasso."""
-        if not self.lasso_weights:
-            return core
-        expert, rows, *columns = self.lasso_weights
-        core = core * rows.unsqueeze(-1) * (columns or [rows])[0]
-        return core if core.ndim == 2 else core * expert.view(-1, 1, 1)
 
     def _unscaled(self, core: Tensor, dim: tuple[int, ...]) -> Tensor:
         """The core that acts as this one; with "bounded", one whose norm is below √R."""

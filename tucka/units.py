@@ -36,7 +36,7 @@ def as_units(
         return x.reshape(1, -1, width), None
     check_rows(x, inputs, layer_name)
     samples = inputs.samples or 0
-    tokens = x.shape[:-1].numel() // max(samples, 1)
+    tokens = x.numel() // width // max(samples, 1)
     x = x.reshape(samples, tokens, width)
     # A layer that sees one pooled row per sample has no padding left to leave out.
     pooled = tokens == 1 and inputs.positions != 1
@@ -83,7 +83,7 @@ def samples_of_rows(
     if isinstance(inputs.context, Tensor) and inputs.context.data_ptr() == x.data_ptr():
         inputs = inputs._replace(mask=inputs.context_mask)
     samples = inputs.samples or 0
-    rows = x.shape[:-1].numel()
+    rows = x.numel() // x.shape[-1]
     tokens = rows // max(samples, 1)
     sample = torch.arange(samples, device=x.device).repeat_interleave(tokens)
     try:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+
+from tucka.files import write_atomically
 
 
 class Table:
@@ -90,16 +91,8 @@ class Table:
     def _replace(self, old: Sequence[str], names: Sequence[str], rows: list[list[str]]) -> None:
         """Write the table anew with more columns; the old file stays until the new one is whole."""
         lines = [names, *([dict(zip(old, row)).get(name, "") for name in names] for row in rows)]
-        handle, temporary = tempfile.mkstemp(prefix=f".{self.path.stem[:40]}-", suffix=".csv", dir=self.path.parent)
-        try:
-            with open(handle, "wb") as file:
-                file.write("".join(map(_line, lines)).encode())
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, self.path.stat().st_mode & 0o777)
-            os.replace(temporary, self.path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        text = "".join(map(_line, lines))
+        write_atomically(self.path, lambda temporary: temporary.write_bytes(text.encode()))
 
     def _read(self) -> tuple[tuple[str, ...] | None, list[list[str]]]:
         """The columns, and the cells of every row."""

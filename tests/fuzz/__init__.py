@@ -1,0 +1,1 @@
+"""Mutated adapter directories, and what loading them does: ``python -m tests.fuzz --count 20000``."""

@@ -1,0 +1,112 @@
+"""The mixes M of several layers at once.
+
+A layer's M is R×R work in some thirty operations, each too small to be worth its call. Layers of one forward share the
+route, so those whose cores have one shape are stacked and mixed together.
+
+Shape legend: L layers, N routed units, K groups, T experts in a group, P rank shared in a group, R rank (see
+`tucka.ops`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+if TYPE_CHECKING:
+    from .tensors import ExpertTensor
+
+Modes = tuple[Tensor, Tensor]
+
+
+def mix_layers(
+    layers: Sequence[ExpertTensor],  # L, of one kind (see `kind_of`)
+    group: Tensor | None,  # (N,)
+    gates: Tensor | None,  # (N, T)
+    modes: Sequence[Modes] | None = None,  # L pairs of (D, R) and (O, R)
+) -> Tensor:  # (L, N, R, R)
+    """M of every unit in every layer, so that x U M Vᵀ is its update; norms of C, U and V are folded in.
+
+    With no route (None) it is the shared slice alone, (L, 1, R, R). `modes` are U and V, where they are not the layers'
+    own tensors.
+    """
+    first = layers[0]
+    mix = shared_slices(layers)
+    if group is not None and gates is not None:
+        expert_LTP = torch.stack([layer.expert_factor for layer in layers])
+        routed = ops.mix_experts(_selected_cores(layers, group), expert_LTP, gates.to(expert_LTP.dtype))
+        if first.normalize:
+            norm = ops.safe_product(torch.linalg.vector_norm(expert_LTP, dim=(1, 2)))
+            routed = routed * (_bound(first, first.core.shape[1]) / norm).view(-1, 1, 1, 1)
+        mix = routed if mix is None else routed + mix
+    elif mix is None:
+        rank = first.core.shape[-2:]
+        mix = first.core.new_zeros(len(layers), 1, *rank)
+    if first.normalize:
+        modes = modes or [(layer.input_mode, layer.output_mode) for layer in layers]
+        norms = _mode_norms(modes, first.core.device)
+        mix = mix * (_bound(first, first.core.shape[-1]) ** 2 / norms).view(-1, 1, 1, 1)
+    return mix
+
+
+def kind_of(layer: ExpertTensor) -> tuple:
+    """What layers mixed together have in common."""
+    core = layer.core
+    return core.shape, core.dtype, core.device, layer.shared_core is None, len(layer.lasso_weights), layer.normalize
+
+
+def _selected_cores(layers: Sequence[ExpertTensor], group: Tensor) -> Tensor:  # (L, N, P, R, R)
+    """Cores as they act, of the group of each unit; selecting is tensor indexing, so no value leaves the device."""
+    first = layers[0]
+    if first.core.shape[0] <= group.shape[0]:
+        core_LKPRR = torch.stack([layer.core for layer in layers])
+        return acting_cores(layers, core_LKPRR).index_select(1, group)
+    # With more groups than units most cores are nobody's: these few are taken first.
+    return acting_cores(layers, torch.stack([layer.core.index_select(0, group) for layer in layers]))
+
+
+def acting_cores(layers: Sequence[ExpertTensor], core: Tensor) -> Tensor:
+    """Stacked cores (L, ·, P, R, R) as they act."""
+    core = ops.scale_core(core, (-3, -2, -1), layers[0].normalize)
+    if not layers[0].lasso_weights:
+        return core
+    expert_LP = torch.stack([layer.lasso_weights[0] for layer in layers])
+    return _weighted(layers, core) * expert_LP.view(len(layers), 1, -1, 1, 1)
+
+
+def shared_slices(layers: Sequence[ExpertTensor]) -> Tensor | None:  # (L, 1, R, R)
+    """The always-active slices as they act, if the layers have them."""
+    slices = [layer.shared_core for layer in layers if layer.shared_core is not None]
+    if not slices:
+        return None
+    return _weighted(layers, ops.scale_core(torch.stack(slices).unsqueeze(1), (-2, -1), layers[0].normalize))
+
+
+def _weighted(layers: Sequence[ExpertTensor], core: Tensor) -> Tensor:
+    """Stacked matrices (L, …, R, R) under the lasso weights of their rows and columns."""
+    if not layers[0].lasso_weights:
+        return core
+    rows_LR = torch.stack([layer.lasso_weights[1] for layer in layers])
+    columns_LR = torch.stack([layer.lasso_weights[-1] for layer in layers])
+    ones = [1] * (core.ndim - 3)
+    rows = rows_LR.view(len(layers), *ones, -1, 1)
+    return core * rows * columns_LR.view(len(layers), *ones, 1, -1)
+
+
+def _mode_norms(modes: Sequence[Modes], device: torch.device) -> Tensor:  # (L,)
+    """‖U‖ ‖V‖ of every layer; the norm of a factor that layers share is taken once."""
+    norms: dict[int, Tensor] = {}
+    for factor in (factor for pair in modes for factor in pair):
+        if id(factor) not in norms:
+            norms[id(factor)] = torch.linalg.vector_norm(factor).to(device)
+    inputs, outputs = (torch.stack([norms[id(factor)] for factor in column]) for column in zip(*modes))
+    return ops.safe_product(inputs, outputs)
+
+
+def _bound(layer: ExpertTensor, columns: int) -> float:
+    """Norm at which a factor of that many columns acts."""
+    return 1.0 if layer.normalize is True else columns**0.5

@@ -1,0 +1,137 @@
+"""The update's passes over wide tensors, as few as the arithmetic allows.
+
+Of an update only two steps touch anything as wide as the layer: x U reads the input, and + (…) Vᵀ is added to the
+output. Left to itself, autograd makes two passes more: it writes the gradient of x U as a tensor of its own and adds it
+to the one the base layer sends back, and it writes the output a second time. Here x passes through `project`, which
+completes its gradient in place, by one fused product and sum, and `add_update` adds to the output where it lies. Both
+write to tensors of others, so `may_overwrite` asks first; where it says no, the plain operations of `tucka.ops` serve.
+
+For backward they keep x, if U is trained, and the (N, S, R) projection.
+
+Shape legend: N routed units, S rows of a unit, D and O input and output features, R rank (see `tucka.ops`).
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import Function
+from transformers.pytorch_utils import Conv1D
+
+from . import ops
+
+PLAIN_LAYERS = (nn.Linear, Conv1D)
+"""Layers whose output, and the gradient of whose input, are new tensors that nobody else holds."""
+
+
+def may_overwrite(base_layer: nn.Module) -> bool:
+    """Whether a layer's output and its input's gradient may be written to: no hook sees them, nothing is traced."""
+    if type(base_layer) not in PLAIN_LAYERS:
+        return False
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    hooks = (
+        base_layer._forward_hooks,
+        base_layer._forward_pre_hooks,
+        base_layer._backward_hooks,
+        base_layer._backward_pre_hooks,
+    )
+    return not any(hooks)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The precision a product with x is taken in: autocast's, or else its own."""
+    device = x.device.type
+    casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if casts else x.dtype
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Products in the precision of their operands: autocast would round what a base layer computed in a wider one."""
+    device = x.device.type
+    return torch.autocast(device_type=device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def within_range(
+    input_mode: Tensor,  # (D, R)
+    mix: Tensor,  # (N, R, R)
+) -> tuple[Tensor, Tensor]:  # (D, R), (N, R, R)
+    """U / c and c M, whose product with x is the same: c is the largest column sum of |U|.
+
+    No entry of x U / c exceeds the largest of x. Those of x U do: they can leave the range of half precision where
+    neither W x nor the update does.
+    """
+    size = input_mode.detach().abs().sum(0).amax()
+    size = torch.where(size > 0, size, torch.ones_like(size))
+    return input_mode / size, mix * size
+
+
+def project(
+    x: Tensor,  # (..., D)
+    input_factor: Tensor,  # (D, R)
+    owned: bool,
+) -> tuple[Tensor, Tensor]:  # (..., D), (..., R)
+    """x, and x U. An `owned` x goes to a layer whose `may_overwrite` holds, and to nothing else."""
+    if owned and torch.is_grad_enabled():
+        return _Project.apply(x, input_factor)
+    return x, x.to(input_factor.dtype) @ input_factor
+
+
+def add_update(
+    onto: Tensor,  # (..., O)
+    projected: Tensor,  # (..., R), rows of one unit contiguous
+    mix: Tensor,  # (N, R, R)
+    output_factor: Tensor,  # (O, R)
+    owned: bool,
+    overwrite: bool,
+) -> Tensor:  # (..., O)
+    """onto + ((x U) M) Vᵀ; with `overwrite`, in the memory of an `owned` tensor, which nobody may read any more."""
+    if not owned:
+        return ops.add_update(onto, projected, mix, output_factor)
+    return _AddUpdate.apply(onto, ops.by_unit(projected, mix.shape[0]), mix, output_factor, overwrite)
+
+
+class _Project(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, input_factor: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, input_factor)
+        return x.view_as(x), x @ input_factor
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor, grad_projected: Tensor) -> tuple:  # type: ignore[override]
+        x, input_factor = ctx.saved_tensors
+        grad_projected = _rows(grad_projected)
+        grad_factor = (grad_projected.mT @ _rows(x)).mT if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, grad_factor
+        return _rows(grad_x).addmm_(grad_projected, input_factor.mT).view(grad_x.shape), grad_factor
+
+
+class _AddUpdate(Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, onto: Tensor, projected: Tensor, mix: Tensor, output_factor: Tensor, overwrite: bool
+    ) -> Tensor:
+        ctx.save_for_backward(projected, mix, output_factor)
+        mixed = _rows(torch.bmm(projected, mix))
+        if overwrite:  # a detached tensor shares the version counter: whoever kept `onto` for backward is told
+            return _rows(onto.detach()).addmm_(mixed, output_factor.mT).view(onto.shape)
+        return torch.addmm(_rows(onto), mixed, output_factor.mT).view(onto.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+        projected, mix, output_factor = ctx.saved_tensors
+        rows = _rows(grad)
+        grad_mixed = (rows @ output_factor).view(projected.shape)
+        grad_projected = torch.bmm(grad_mixed, mix.mT) if ctx.needs_input_grad[1] else None
+        grad_mix = torch.bmm(projected.mT, grad_mixed) if ctx.needs_input_grad[2] else None
+        # Mixing again costs less than keeping another tensor of that size.
+        grad_factor = (_rows(torch.bmm(projected, mix)).mT @ rows).mT if ctx.needs_input_grad[3] else None
+        return grad, grad_projected, grad_mix, grad_factor, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
