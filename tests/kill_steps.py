@@ -38,7 +38,8 @@ def kill(child):
 
 
 def below(directory):
-    return {str(path.relative_to(directory)) for path in directory.rglob("*")}
+    """Names of what lies below a directory, but for locks."""
+    return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.name != ".tucka-save.lock"}
 
 
 def write_version(version, names):

@@ -40,6 +40,7 @@ CASES = [
     ("gpt2", dict(form="multiplicative", tie_factors=False)),
     ("gpt2", dict(form="additive", target_modules="all-linear")),
     ("llama", dict(form="multiplicative", target_modules="all-linear", share_factors=True)),
+    ("llama", dict(form="multiplicative", target_modules="all-linear", share_inputs=True)),
     ("t5", dict(form="multiplicative", affinity="cosine")),
     ("clip", dict(form="additive", routing="batch")),
     ("deberta", dict(form="multiplicative", routing="batch")),

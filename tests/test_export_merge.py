@@ -46,7 +46,7 @@ def recorded(model, batch):
 @pytest.mark.parametrize(
     "name,fields",
     [
-        ("bert", dict(form="multiplicative", modules_to_save=["classifier"])),
+        ("bert", dict(form="multiplicative", modules_to_save=["classifier"], share_inputs=True)),
         ("gpt2", dict(form="multiplicative", **EVERY)),
         ("gpt2", dict(form="additive")),
         ("llama", dict(form="additive", share_factors=True, router_depth=1, **EVERY)),

@@ -40,6 +40,7 @@ CASES = [
     ("t5", {}),
     ("gpt2", dict(routing="batch", pooling="mean")),
     ("bert", dict(router_depth=1, form="additive", share_factors=True)),
+    ("llama", dict(router_depth=1, share_inputs=True, target_modules="all-linear")),
     ("llama", dict(balance_bias=True)),
     ("bert", dict(pool_padding=True)),
 ]

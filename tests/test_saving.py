@@ -145,7 +145,7 @@ def test_killed_at_random_moments(pair, tmp_path):
         assert kill(child) == -signal.SIGKILL
         now = held(directory)
         assert now in contents, {name: None if data is None else len(data) for name, data in now.items()}
-        longest *= 0.9 if now != found[-1] else 1.1  # about as many kills before a commit as after, on any machine
+        longest *= 0.85 if now != found[-1] else 1.07  # kills before a commit and after it, on any machine
         found.append(now)
         interrupted += (directory / files.WORKSPACE).exists()
         if (directory / ADAPTER[0]).is_symlink() and len(with_links) < 3:
@@ -201,6 +201,19 @@ def test_without_links_nothing_is_mixed_and_settling_completes(tmp_path):
         assert settled in (old, new)
         committed.append(settled == new)
     assert committed == sorted(committed) and len(set(committed)) == 2
+
+
+def test_many_saves_at_once(tmp_path):
+    """Nothing of one is lost to another, whichever comes first."""
+
+    def act(process):
+        for turn in range(5):
+            assert len(files.replace_together(tmp_path, write_version(f"{process}-{turn}", ["a.json", "b.bin"]))) == 2
+
+    children = [fork(lambda process=process: act(process)) for process in range(4)]
+    assert [exit_code(child) for child in children] == [0] * 4
+    versions = {content.split()[0] for content in held(tmp_path, ["a.json", "b.bin"]).values()}
+    assert len(versions) == 1 and below(tmp_path) == {"a.json", "b.bin"}
 
 
 def test_saves_wait_for_each_other(tmp_path):

@@ -111,7 +111,8 @@ def default_config(model: nn.Module) -> TuckAConfig:
 
 def _adapted_widths(model: nn.Module, config: TuckAConfig) -> list[int]:
     """The narrower side of every layer that a configuration adapts; heads that are trained whole are none of them."""
-    config.target_modules = config.target_modules or DEFAULT_TARGETS[model.config.model_type]
+    if isinstance(model, PreTrainedModel):
+        config.target_modules = config.target_modules or DEFAULT_TARGETS[model.config.model_type]
     _maybe_include_all_linear_layers(config, model)
     heads = {*(config.modules_to_save or ()), *SEQ_CLS_HEAD_NAMES}
     targets = [

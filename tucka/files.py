@@ -20,8 +20,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 WORKSPACE = ".tucka-save"
 """Name of the hidden directory in which new files wait."""
+
+LOCK = ".tucka-save.lock"
+"""Name of the empty file by which processes wait for each other; it may stay, since who waits for it has it open."""
 
 MARKER = "one-by-one"
 """Name of the file that commits new files where there are no symbolic links."""
@@ -91,7 +93,7 @@ def replace_together(directory: str | Path, write: Callable[[Path], Any]) -> lis
     ------
     Exception
         Whatever `write` raises, and `OSError` if a file cannot be written. The old files are then as they were, and
-        nothing is left beside them.
+        nothing new is beside them but the empty `LOCK`.
 
     Notes
     -----
@@ -102,7 +104,7 @@ def replace_together(directory: str | Path, write: Callable[[Path], Any]) -> lis
     """
     directory = Path(directory)
     new = directory / WORKSPACE / "new"
-    with _alone_in(directory):
+    with FileLock(directory / LOCK):
         settle(directory)
         try:
             new.mkdir(parents=True)
@@ -236,15 +238,3 @@ def _settle_or_warn(directory: Path) -> None:
 def _files_below(folder: Path) -> list[Path]:
     """The files below a folder, relative to it."""
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-
-
-@contextmanager
-def _alone_in(directory: Path) -> Iterator[None]:
-    """Hold the directory's lock, a hidden file that goes with it; a process that dies gives it back."""
-    with FileLock(directory / f"{WORKSPACE}.lock") as lock:
-        try:
-            yield
-        finally:
-            # While it is held: who waits for it sees that its file has gone, and makes a new one.
-            with suppress(OSError):
-                Path(lock.lock_file).unlink()

@@ -83,7 +83,7 @@ def saved_modules(
     ends = tuple(config.modules_to_save or ())
     found: dict[str, nn.Module] = {}
     for name, module in _original_modules(model).items():
-        if not name.endswith(ends) or not ends:
+        if not name.endswith(ends):
             continue
         if isinstance(module, CONTAINERS):
             raise ValueError(f"modules_to_save={list(ends)} names {name!r}, but no {type(module).__name__} is called")
@@ -92,7 +92,7 @@ def saved_modules(
             raise ValueError(f"modules_to_save={list(ends)} names {name!r}, but {adapted!r} in it is adapted")
         found[name] = module
     inside = ("base_layer", "tucka_experts", "tucka_router", f"tucka_experts.{adapter_name}")
-    reached = [part for layer in plans for part in inside if ends and f"{layer}.{part}".endswith(ends)]
+    reached = [part for layer in plans for part in inside if f"{layer}.{part}".endswith(ends)]
     if reached:
         raise ValueError(f"modules_to_save={list(ends)} reaches into adapted layers ({reached[0]!r})")
     return found
@@ -120,8 +120,8 @@ def require_fitting_file(
     """Compare what the weights beside a configuration declare with the model that an adapter is loaded into.
 
     Only for configurations that were read from files and are loaded for inference: another may be the start of a new
-    adapter. Where the model has none of the file's layers, they may be renamed on loading (``key_mapping``), and nothing
-    is compared; loading compares again.
+    adapter. Where the model has none of the file's layers, they may be renamed on loading (``key_mapping``): nothing is
+    compared here, and loading compares again.
 
     Raises
     ------
@@ -162,7 +162,7 @@ def _heads(model: nn.Module, config: TuckAConfig) -> dict[str, nn.Module]:
     if any(isinstance(module, BaseTunerLayer) for module in modules.values()):
         return {}
     ends = next((ends for task, ends in HEADS.items() if task == config.task_type), ())
-    return {name: module for name, module in modules.items() if ends and name.endswith(ends)}
+    return {name: module for name, module in modules.items() if name.endswith(ends)}
 
 
 def require_own_weights(

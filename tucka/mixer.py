@@ -56,13 +56,13 @@ class Mixer:
             if adapter_name in layer.tucka_experts and layer.tucka_routed[adapter_name]
         ]
         # FSDP2 gathers a block's parameters while it runs: in this one, no other layer's are at hand.
-        scope.by_layer = any(is_sharded(layer.tucka_experts[adapter_name].core) for layer in layers)
+        scope.by_layer = any(is_sharded(layer.experts_of(adapter_name).core) for layer in layers)
         if scope.by_layer:
             return
         if under_gradient or torch.compiler.is_compiling():
             scope.mixes[key] = mix_together(layers, adapter_name, route)
             return
-        state = _state(layer.tucka_experts[adapter_name] for layer in layers)
+        state = _state(layer.experts_of(adapter_name) for layer in layers)
         kept: Optional[Kept] = current.kept
         if kept is None or kept.adapter_name != adapter_name or kept.route is not route or kept.state != state:
             kept = current.kept = Kept(adapter_name, route, state, mix_together(layers, adapter_name, route))
@@ -73,11 +73,11 @@ def mix_together(layers: Iterable[TuckALayer], adapter_name: str, route: Route) 
     """α M of every layer, those of one kind at once."""
     families: dict[tuple, list[TuckALayer]] = {}
     for layer in layers:
-        kind = (*kind_of(layer.tucka_experts[adapter_name]), layer.tucka_alpha[adapter_name])
+        kind = (*kind_of(layer.experts_of(adapter_name)), layer.tucka_alpha[adapter_name])
         families.setdefault(kind, []).append(layer)
     found: Mixes = {}
     for family in families.values():
-        experts: Any = [layer.tucka_experts[adapter_name] for layer in family]
+        experts = [layer.experts_of(adapter_name) for layer in family]
         device = experts[0].core.device
         group, gates = route.to(device)[:2]
         with torch.autocast(device_type=device.type, enabled=False):  # R×R work, in the parameters' precision

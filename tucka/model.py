@@ -104,12 +104,13 @@ class TuckAModel(BaseTuner):
         if plan.factors_of is not None:
             owner: Any = self._injected_into.get_submodule(plan.factors_of)
             factors_of = owner.tucka_experts[adapter_name]
+        lender: Any = self._injected_into.get_submodule(plan.input_of) if plan.input_of else None
         layer.update_layer(
             adapter_name,
             peft_config,
             plan.rank,
             factors_of=factors_of,
-            input_of=self._injected_into.get_submodule(plan.input_of) if plan.input_of else None,
+            input_of=lender,
             routed=plan.routed,
             routes=plan.routes,
             router_sources=plan.router_sources,

@@ -91,17 +91,17 @@ def require_quick_matching(config: TuckAConfig, names: Collection[str], only: st
         If matching takes longer than `SECONDS`, or cannot be tried; the message names the longest expression.
     """
     longest = max(map(len, names), default=0)
-    found = [each for each in expressions(config) if only in (None, each.field)]
-    slow = [each for each in found if steps(each.text, longest) * len(names) > STEPS / len(found)]
-    if not slow:
+    costs = {each: steps(each.text, longest) * len(names) for each in expressions(config) if only in (None, each.field)}
+    if sum(costs.values()) <= STEPS:
         return
+    slow = [each for each, cost in costs.items() if cost > STEPS / len(costs)]
     tried = json.dumps([[(each.how, each.text) for each in slow], list(names)])
     try:
         # Isolated, and with an interpreter's own modules alone: what is tried is hostile until it has ended.
         command = [sys.executable, "-I", "-S", "-c", TRIAL]
         subprocess.run(command, input=tried.encode(), capture_output=True, timeout=SECONDS, check=True)
     except (subprocess.SubprocessError, OSError) as error:
-        worst = max(slow, key=lambda each: steps(each.text, longest))
+        worst = max(slow, key=lambda each: costs[each])
         raise ValueError(
             f"{worst.field}={shown(worst.given)} cannot be matched with {len(names)} names of modules within "
             f"{SECONDS:g} s; repeat no group that repeats something, and say names where they are known"
@@ -113,7 +113,7 @@ def steps(text: str, length: int) -> float:
     if re.search(r"\)[*+{]|\\[1-9]|\(\?P=", text):  # a repeated group, or a reference back
         return float("inf")
     repeats, choices = len(re.findall(r"[*+{]", text)), len(re.findall(r"\||(?<![*+?}(])\?", text))
-    return min(float(length + 1) ** min(repeats, 30) * 2.0 ** min(choices, 300), sys.float_info.max)
+    return float(length + 1) ** min(repeats, 30) * 2.0 ** min(choices, 300)
 
 
 def rank_lookup(config: TuckAConfig) -> Callable[[str], int]:

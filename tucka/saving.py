@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .files import replace_together
+from .files import LOCK, replace_together
 
 CARD = "README.md"
 """The model card, which PEFT brings up to date where there is one."""
@@ -95,9 +95,14 @@ def save(
         raise _explained(error, directory) from error
     finally:
         if not existed:
-            with suppress(OSError):  # it holds the adapter
-                directory.rmdir()
+            _remove_if_empty(directory)
     return directory
+
+
+def _remove_if_empty(directory: Path) -> None:
+    with suppress(OSError):
+        if [path.name for path in directory.iterdir()] in ([], [LOCK]):
+            shutil.rmtree(directory)
 
 
 @contextmanager

@@ -144,14 +144,15 @@ def _work(seed: int, indices: range, out) -> None:
     bench, watch = Bench(), Watch()
     with tempfile.TemporaryDirectory() as root:
         work = Path(root) / "work"
-        work.mkdir()
-        os.chdir(work)
         most = memory()[0] + (4 << 30)
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
         for index in indices:
+            work.mkdir(exist_ok=True)
+            os.chdir(work)
             results = _all_ways(bench, watch, seed, index, Path(root) / f"adapter-{index}")
             if list(work.iterdir()) or len(list(Path(root).iterdir())) > 1:
                 results.append(Result(index, results[0].kind, "any", "written", "", "there are files beside"))
+                shutil.rmtree(work)
             out.write((json.dumps(results) + "\n").encode())
 
 

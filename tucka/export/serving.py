@@ -118,7 +118,7 @@ class ServingRouter:
         trained = dispatcher.router(name)
         if not bool(trained.initialised):
             raise ValueError("the router has not started: train or calibrate the adapter first")
-        held = [layer for layer in layers_of(model) if name in layer.tucka_experts and layer.dispatcher is dispatcher]
+        held = [layer for layer in layers_of(model) if name in layer.tucka_form and layer.dispatcher is dispatcher]
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         routed = [layer.name for layer in held if layer.tucka_routed[name]]
         _warn_of_trained_before(base, trained.config, routed[0])
