@@ -106,20 +106,30 @@ def describe(record: dict[str, Any]) -> str:
 
 
 def calibrate(args: argparse.Namespace, argv: list[str]) -> int:
-    """Measure calibrations with `benchmarks.calibration`, whose sizes are its own."""
+    """Measure calibrations with `benchmarks.calibration`: its model and its rounds, and its sizes unless given."""
     prepare(args)
     about = circumstances(command_line("benchmarks.speed", argv))
     for start in ("identity", "hosvd", "gradient"):
-        wanted = {"start": start, "rank": args.rank, "dtype": args.dtype, "device": args.device}
-        sizes = {"threads": args.threads, "layers": args.layers, "batch": args.batch, "positions": args.positions}
-        wanted |= {name: value for name, value in sizes.items() if value is not None}
-        own = calibration.read_arguments(["time", *(f"--{name}={value}" for name, value in wanted.items())])
+        own = _calibration_arguments(args, start)
         settings = {name: value for name, value in vars(own).items() if name not in ("what", "dtype", "device")}
-        shared = {"what": "calibration", "model": "llama", "dtype": args.dtype, "device": args.device}
-        record = {**shared, "arm": start, "settings": settings, **calibration.measure_time(own), **about}
-        Records(args.out).put([record])
-        print(f"calibration {start}: {record['steps']:.1f} training steps", flush=True)
+        found = calibration.measure_time(own)
+        own.samples = 2 * own.batch  # what is held does not depend on how many are read
+        found |= calibration.measure_memory(own)
+        shared = {
+            "what": "calibration",
+            "model": f"llama of width {own.width}",
+            "dtype": args.dtype,
+            "device": args.device,
+        }
+        Records(args.out).put([{**shared, "arm": start, "settings": settings, **found, **about}])
+        print(f"calibration {start}: {found['steps']:.1f} training steps", flush=True)
     return 0
+
+
+def _calibration_arguments(args: argparse.Namespace, start: str) -> argparse.Namespace:
+    names = ("rank", "dtype", "device", "threads", "layers", "batch", "positions")
+    given = {"start": start, **{name: value for name in names if (value := getattr(args, name)) is not None}}
+    return calibration.read_arguments(["time", *(f"--{name}={value}" for name, value in given.items())])
 
 
 def measure_all(args: argparse.Namespace, argv: list[str]) -> int:

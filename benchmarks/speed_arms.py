@@ -18,7 +18,7 @@ from tucka import TuckAConfig
 from .arms import parse_settings
 from .shapes import Setting, sharing_copy
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 
 TUCKA: dict[str, dict[str, Any]] = {
     "tucka": {},

@@ -178,7 +178,7 @@ def _seconds_to_load(model: Any, directory: Path, device: str) -> float:
 
 def _seconds_to_switch(model: Any, device: str) -> float:
     """Mean of a switch there and a switch back."""
-    return sum(seconds(lambda name=name: model.set_adapter(name), device) for name in ("other", "default")) / 2
+    return sum(seconds(partial(model.set_adapter, name), device) for name in ("other", "default")) / 2
 
 
 def imports(rounds: int, warmup: int, statements: dict[str, str] = IMPORTS) -> Iterator[Timed]:

@@ -177,10 +177,14 @@ def ratio(record: Record, other: Record | None, name: str) -> str:
 
 
 def calibration_table(group: Sequence[Record]) -> str:
-    """Calibrations beside training steps."""
-    headings = ("start", "calibration (s)", "training step (s)", "calibration in training steps")
-    lines = [
-        [record["arm"], *(f"{record[name]:.2f}" for name in ("calibration_seconds", "step_seconds", "steps"))]
-        for record in group
-    ]
-    return markdown(headings, lines)
+    """Calibrations beside training steps: time, and the peak of live tensors."""
+    columns = {
+        "calibration_seconds": "calibration (s)",
+        "step_seconds": "training step (s)",
+        "steps": "calibration in training steps",
+        "calibration_peak_MiB": "peak of a calibration (MiB)",
+        "training_peak_MiB": "peak of a step (MiB)",
+        "arithmetic_MiB": "held by arithmetic (MiB)",
+    }
+    lines = [[record["arm"], *(f"{record[name]:.2f}" for name in columns)] for record in group]
+    return markdown(("start", *columns.values()), lines)

@@ -63,6 +63,10 @@ def _state(record: Record, records: Sequence[Record], reference: str) -> Sequenc
     return [record["trained_bytes"] / expected] * 3 if expected else None
 
 
+def _steps(record: Record, records: Sequence[Record], reference: str) -> Sequence[float] | None:
+    return [record["steps"]] * 3
+
+
 FULL, CORE = ("tucka", "tucka-batch"), ("tucka-core", "tucka-core-batch")
 
 TARGETS = (
@@ -74,6 +78,8 @@ TARGETS = (
     Target("saved activations, cores alone", "memory", CORE, "frozen", 1.03, _saved),
     Target("bytes that train", "memory", (), "closed form", 1.00, _state),
     Target("training step, up to 1024 experts", "experts", (), "tucka:k=1,t=1", 1.03, _up_to_1024),
+    Target("calibration without labels", "calibration", ("identity", "hosvd"), "training step", 20.0, _steps),
+    Target("calibration with a loss", "calibration", ("gradient",), "training step", 40.0, _steps),
     Target("import", "import", ("tucka",), "peft", 1.10, _timed),
 )
 

@@ -11,14 +11,25 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not part of what is installed
 
-from benchmarks import memory, shapes, speed, speed_figures, speed_measures, speed_report, speed_targets, timing
+from benchmarks import (
+    calibration,
+    memory,
+    shapes,
+    speed,
+    speed_figures,
+    speed_measures,
+    speed_report,
+    speed_targets,
+    timing,
+)
 from benchmarks.records import KEY, Records, circumstances
 from benchmarks.shapes import Setting, new_batch, new_model
 from benchmarks.speed_arms import BUILDERS, MERGED, TRAINED, build, training_step
 from benchmarks.speed_measures import EXPERTS, Timed
 from benchmarks.speed_options import records_of
 
-TINY = dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=4, intermediate_size=40, vocab_size=1000)
+TINY = dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=4, intermediate_size=40)
+TINY |= dict(vocab_size=1000, num_hidden_layers=1)
 OPTIONS = ["--layers", "1", "--batch", "2", "--positions", "5", "--rank", "4", "--threads", "1"]
 
 
@@ -245,6 +256,34 @@ def test_measurements_from_the_command_line_are_kept_and_reported(tiny, tmp_path
     text = (tmp_path / "report" / "speed-tables.md").read_text()
     assert f"    python -m benchmarks.speed {written} --rounds 2" in text
     assert "tucka:k=2,t=2" in capsys.readouterr().out
+
+
+def test_all_runs_the_plan_and_writes_the_tables(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(speed, "ON_CPU", ("train --arms lora,tucka", "memory --model llama --arms lora"))
+    monkeypatch.chdir(tmp_path)
+    own = ["--rounds", "1", "--threads", "1", "--out", "speed.json"]
+    assert speed.main(["all", "--report", "report", *own]) == 0
+    found = {record["command"]: record["settings"]["threads"] for record in Records("speed.json").read()}
+    assert found == {
+        "python -m benchmarks.speed train --arms lora,tucka --rounds 1 --threads 1 --out speed.json": 1,
+        "python -m benchmarks.memory --model llama --arms lora --threads 1 --out speed.json": 1,
+    }
+    assert Path("report", "speed-tables.md").exists()
+
+
+def test_calibrations_are_those_of_their_own_benchmark(monkeypatch, tmp_path):
+    seen = []
+    found = dict(calibration_seconds=3.0, step_seconds=0.1, steps=30.0)
+    peaks = dict(calibration_peak_MiB=2.0, training_peak_MiB=1.0, arithmetic_MiB=0.5)
+    monkeypatch.setattr(calibration, "measure_time", lambda args: seen.append(vars(args).copy()) or found)
+    monkeypatch.setattr(calibration, "measure_memory", lambda args: dict(peaks))
+    out = tmp_path / "speed.json"
+    assert speed.main(["calibration", "--layers", "2", "--threads", "1", "--out", str(out)]) == 0
+    assert [(one["start"], one["layers"]) for one in seen] == [("identity", 2), ("hosvd", 2), ("gradient", 2)]
+    text = speed_report.write(Records(out).read(), tmp_path)
+    assert "| gradient | 3.00 | 0.10 | 30.00 | 2.00 | 1.00 | 0.50 |" in text
+    without, with_loss = (line for line in text.splitlines() if line.startswith("| calibration with"))
+    assert without.endswith("| 30.000 | no |") and with_loss.endswith("| 30.000 | yes |")
 
 
 def test_imports_are_timed_in_fresh_interpreters():

@@ -68,16 +68,16 @@ def test_what_must_not_happen_is_noticed(monkeypatch):
             lambda: (path / "other").mkdir(),
             lambda: {}["no such key"],
             lambda: os._exit(3),
-            lambda: bytearray(200 << 20),
+            lambda: bytearray(130 << 20),
             lambda: subprocess.run([sys.executable, "-c", ""]),
-            lambda: time.sleep(5),
+            lambda: time.sleep(60),
             lambda: Path(MARKER).write_text(""),
             lambda: torch.load(path / WEIGHTS),
         ]
         acts[int(path.name.rpartition("-")[2])]()
 
     monkeypatch.setattr(Bench, "checked", misbehave)
-    monkeypatch.setattr(hostile, "SECONDS", 0.5)
+    monkeypatch.setattr(hostile, "SECONDS", 2.0)
     outcomes = {}
     for result in hostile.run(9, progress=False):
         if result.outcome in hostile.FAILURES:
@@ -180,9 +180,9 @@ REFUSED = {
         lambda d: d.with_fields(target_modules="(" * 3000 + ")" * 3000), "is no regular expression: maximum recursion",
     ),
     "a long expression": (lambda d: d.with_fields(target_modules="x" * 10**6), "has 1000000 characters; an expression"),
-    "many names": (lambda d: d.with_fields(target_modules=["x"] * 30_000), r"target_modules=\['x', .*… is not names"),
-    "names that are none": (lambda d: d.with_fields(target_modules=[["x"]]), r"target_modules=.* is not names, or"),
-    "a head by no name": (lambda d: d.with_fields(modules_to_save=[""]), r"modules_to_save=.* is not a list of names"),
+    "many names": (lambda d: d.with_fields(target_modules=["x"] * 30_000), r"\['x', .*… is not .*, or at most 20000"),
+    "names that are none": (lambda d: d.with_fields(target_modules=[["x"]]), r"target_modules=.* is not one expre"),
+    "a head by no name": (lambda d: d.with_fields(modules_to_save=[""]), r"modules_to_save=.* is not a list of at mo"),
     "a container to save": (lambda d: d.with_fields(modules_to_save=["layer"], target_modules=["dense"]),
                             "names 'layer', but no ModuleList is called"),
     "an adapted module to save": (lambda d: d.with_fields(modules_to_save=["ooler"], target_modules=["dense"]),

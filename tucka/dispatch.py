@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 
 from .inputs import Inputs, read_inputs
 from .mixer import Mixer
-from .processes import is_sharded, whole
+from .processes import is_sharded, keeps_writes, whole
 from .routing import Route, Router
 from .scope import Current, Scope, replaced
 from .units import as_units, check_rows
@@ -159,10 +159,10 @@ class Dispatcher:
             )
         feature = self.feature(router, layer_name, x, scope.inputs, per_sample=router.per_sample)
         if router.awaits_start and scope.trains:
-            if scope.sharded or not isinstance(router.centroids, nn.Parameter):  # FSDP2, or FSDP1's view of a part
+            if scope.sharded or not keeps_writes(router.centroids):
                 raise RuntimeError(
-                    f"the router of adapter {adapter_name!r} would start from this batch, but FSDP drops what is "
-                    "written to its parameters in a forward. Start it before the model is sharded: "
+                    f"the router of adapter {adapter_name!r} would start from this batch, but FSDP and DeepSpeed drop "
+                    "what a forward writes to parameters. Start it before the model is prepared: "
                     "tucka.apply(model, calibration=...), tucka.initialize, or init_router='kaiming'"
                 )
             router.start(feature)
@@ -189,6 +189,8 @@ class Dispatcher:
 
         FSDP2 gathers a block's parameters while that block runs, but shared factors act in other blocks too.
         """
+        if parameter.ndim != 2:
+            raise RuntimeError("FSDP1 lends a factor to its own block alone: use FSDP2, or share_factors=False")
         if not is_sharded(parameter):
             return parameter
         known = {} if self.current.scope is None else self.current.scope.gathered

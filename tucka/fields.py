@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,6 @@ MOST_RANKS = 4096
 
 MOST_EXPRESSIONS = 256
 """Names in a field that PEFT takes for regular expressions; Python keeps that many compiled."""
-
-TEXTS = ("base_model_name_or_path", "revision", "peft_version")
-NAMES = ("target_modules", "exclude_modules")
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
@@ -57,33 +55,11 @@ def read_object(path: str | Path) -> dict[str, Any]:
 
 def check_fields(config: TuckAConfig) -> None:
     """Raise `ValueError` for a field of the wrong type, naming the field, the value and the rule."""
-    for name in TEXTS:
-        value = getattr(config, name)
-        _require(value is None or isinstance(value, (str, os.PathLike)), name, value, "a text")
-    router = config.router_module
-    _require(router is None or isinstance(router, str), "router_module", router, "a layer name")
-    for name in NAMES:
-        value = getattr(config, name)
-        _require(value is None or isinstance(value, str) or _are_names(value), name, value, "names, or one expression")
-    saved, pattern, ranks = config.modules_to_save, config.layers_pattern, config.rank_pattern
-    layers: Any = config.layers_to_transform
-    _require(saved is None or _are_names(saved, MOST_EXPRESSIONS), "modules_to_save", saved, "a list of names")
-    _require(
-        pattern is None or isinstance(pattern, str) or _are_names(pattern, MOST_EXPRESSIONS),
-        "layers_pattern", pattern, "an expression, or a list of them",
-    )  # fmt: skip
-    _require(
-        layers is None or _is_index(layers) or (_is_list(layers) and all(map(_is_index, layers))),
-        "layers_to_transform", layers, "an index, or a list of them",
-    )  # fmt: skip
-    _require(
-        ranks is None or (isinstance(ranks, dict) and _are_names(list(ranks), MOST_RANKS)),
-        "rank_pattern", ranks, f"a dictionary {{pattern: r}} of at most {MOST_RANKS} patterns",
-    )  # fmt: skip
-    for name in ("factor_owners", "auto_mapping"):
-        value = getattr(config, name)
-        _require(value is None or _is_flat(value), name, value, "a flat dictionary")
-    _require(isinstance(config.inference_mode, bool), "inference_mode", config.inference_mode, "True or False")
+    for names, fits, rule in RULES:
+        for name in names:
+            value = getattr(config, name)
+            if value is not None and not fits(value):
+                raise ValueError(f"{name}={shown(value)} is not {rule}")
 
 
 def shown(value: Any, most: int = 200) -> str:
@@ -92,17 +68,24 @@ def shown(value: Any, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[:most]}…"
 
 
-def _require(fits: bool, name: str, value: Any, rule: str) -> None:
-    if not fits:
-        raise ValueError(f"{name}={shown(value)} is not {rule}")
-
-
-def _are_names(value: Any, most: int = MOST_NAMES) -> bool:
-    return _is_list(value) and len(value) <= most and all(isinstance(name, str) and name for name in value)
+def _is_text(value: Any) -> bool:
+    return isinstance(value, (str, os.PathLike))
 
 
 def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple, set, frozenset)) and len(value) <= MOST_NAMES
+    return isinstance(value, (list, tuple, set, frozenset, range)) and len(value) <= MOST_NAMES
+
+
+def _are_names(value: Any) -> bool:
+    return _is_list(value) and all(isinstance(name, str) and name for name in value)
+
+
+def _are_few_names(value: Any) -> bool:
+    return _are_names(value) and len(value) <= MOST_EXPRESSIONS
+
+
+def _are_ranks(value: Any) -> bool:
+    return isinstance(value, dict) and len(value) <= MOST_RANKS and _are_names(list(value))
 
 
 def _is_index(value: Any) -> bool:
@@ -113,3 +96,29 @@ def _is_flat(value: Any) -> bool:
     return isinstance(value, dict) and all(
         isinstance(key, str) and (held is None or isinstance(held, (str, int, float))) for key, held in value.items()
     )
+
+
+RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (("base_model_name_or_path", "revision", "peft_version"), _is_text, "a text"),
+    (("router_module",), lambda value: isinstance(value, str), "a layer name"),
+    (
+        ("target_modules", "exclude_modules"),
+        lambda value: isinstance(value, str) or _are_names(value),
+        f"one expression, or at most {MOST_NAMES} names",
+    ),
+    (
+        ("layers_pattern",),
+        lambda value: isinstance(value, str) or _are_few_names(value),
+        f"an expression, or a list of at most {MOST_EXPRESSIONS}",
+    ),
+    (("modules_to_save",), _are_few_names, f"a list of at most {MOST_EXPRESSIONS} names"),
+    (
+        ("layers_to_transform",),
+        lambda value: _is_index(value) or (_is_list(value) and all(map(_is_index, value))),
+        f"an index, or a list of at most {MOST_NAMES}",
+    ),
+    (("rank_pattern",), _are_ranks, f"a dictionary {{pattern: r}} of at most {MOST_RANKS} patterns"),
+    (("factor_owners", "auto_mapping"), _is_flat, "a flat dictionary"),
+    (("inference_mode",), lambda value: isinstance(value, bool), "True or False"),
+)
+"""Fields, what they may hold beside None, and how an error puts it."""

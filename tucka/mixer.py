@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .mixing import kind_of, mix_layers
-from .processes import is_sharded
+from .processes import is_lent
 from .routing import Route
 from .scope import Current, Scope
 
@@ -37,6 +37,7 @@ class Mixer:
 
     def __init__(self) -> None:
         self.layers: dict[str, TuckALayer] = {}
+        self.apart = False  # a layer's parameters are at hand in its own block alone
 
     def mix(self, adapter_name: str, layer: TuckALayer, route: Route, current: Current) -> Tensor:  # (N, R, R)
         """α M of a layer at the route of the forward under way."""
@@ -55,8 +56,9 @@ class Mixer:
             for layer in self.layers.values()
             if adapter_name in layer.tucka_experts and layer.tucka_routed[adapter_name]
         ]
-        # FSDP2 gathers a block's parameters while it runs: in this one, no other layer's are at hand.
-        scope.by_layer = any(is_sharded(layer.experts_of(adapter_name).core) for layer in layers)
+        # Once seen, for good: blocks that an evaluation has left whole reduce their gradients one by one in backward.
+        self.apart = self.apart or any(is_lent(layer.experts_of(adapter_name).core, ndim=4) for layer in layers)
+        scope.by_layer = self.apart
         if scope.by_layer:
             return
         if under_gradient or torch.compiler.is_compiling():

@@ -63,7 +63,7 @@ def _selected_cores(layers: Sequence[ExpertTensor], group: Tensor) -> Tensor:  #
     """Cores as they act, of the group of each unit; selecting is tensor indexing, so no value leaves the device."""
     first = layers[0]
     # A compiled or exported graph serves all batch sizes, so it must not choose by this one.
-    if first.core.shape[0] <= group.shape[0] or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or first.core.shape[0] <= group.shape[0]:
         core_LKPRR = torch.stack([layer.core for layer in layers])
         return acting_cores(layers, core_LKPRR).index_select(1, group)
     # With more groups than units most cores are nobody's: these few are taken first.

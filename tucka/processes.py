@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ZERO_MARKS = ("ds_id", "_hp_mapping")
+"""Attributes that DeepSpeed gives parameters under ZeRO, stage 3 and stages 1 and 2."""
+
 
 class OtherProcessError(RuntimeError):
     """Another process of the run raised."""
@@ -106,6 +109,17 @@ def is_sharded(parameter: Tensor) -> bool:
     from torch.distributed.tensor import DTensor
 
     return isinstance(parameter, DTensor)
+
+
+def is_lent(parameter: Tensor, ndim: int) -> bool:
+    """Whether a parameter is whole only while its block runs, as FSDP has it (FSDP1 shows a flat part otherwise)."""
+    return is_sharded(parameter) or parameter.ndim != ndim
+
+
+def keeps_writes(parameter: Tensor) -> bool:
+    """Whether what is written to a parameter in a forward stays: FSDP lends a copy or a view, DeepSpeed trains one."""
+    lent = is_sharded(parameter) or not isinstance(parameter, torch.nn.Parameter)
+    return not lent and vars(parameter).keys().isdisjoint(ZERO_MARKS)
 
 
 def whole(parameter: Tensor) -> Tensor:
