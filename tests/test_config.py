@@ -106,3 +106,13 @@ def test_a_file_without_our_format_version_has_the_papers_semantics(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "TUCKA", "r": 2, "target_modules": ["q"]}))
     config = tucka.TuckAConfig.from_pretrained(tmp_path)
     assert config.normalize and config.routing == "batch" and config.r == 2 and config.format_version == FORMAT_VERSION
+
+
+def test_equal_configurations_make_equal_files(tmp_path):
+    """A set's order differs between processes; a file's must not."""
+    names = ["value", "query", "dense", "key"]
+    for place, targets in (("one", names), ("other", names[::-1])):
+        tucka.TuckAConfig(target_modules=targets).save_pretrained(tmp_path / place)
+    one, other = ((tmp_path / place / "adapter_config.json").read_text() for place in ("one", "other"))
+    assert '"target_modules": [\n    "dense",\n    "key",\n    "query",\n    "value"\n  ]' in one
+    assert one == other

@@ -39,7 +39,8 @@ CASES = {
     "fsdp, checkpointed": dict(name="llama", checkpointing=dict(use_reentrant=False)),
     "fsdp, checkpointed, reentrant": dict(name="llama", checkpointing=dict(use_reentrant=True)),
     "fsdp, tied, bias": dict(form="multiplicative", normalize=False, balance_bias=True, balance_rate=0.2),
-    "fsdp, lasso": dict(name="llama", lasso=0.1),
+    "fsdp, lasso, routed in the last block alone": dict(name="llama", lasso=0.1, router_depth=1),
+    "fsdp, inputs shared": dict(name="llama", form="multiplicative", normalize=False, share_inputs=True),
 }
 
 
@@ -118,6 +119,9 @@ def run_cases(rank, directory):
     for case, options in CASES.items():
         model, batch, wrap = case_model(case, **options)
         wrapped = wrap(model)  # DistributedDataParallel, as it is: it raises over a parameter without a gradient
+        if "reshard_after_forward" in options:  # then an evaluation leaves every block whole
+            with torch.no_grad():
+                wrapped(**batch)
         found[case] = trained(wrapped, rows(batch, 2 * rank, 2 * rank + 2), options.get("parts", 1))
         if case in ("ddp", "fsdp"):
             state = full_state(wrapped)

@@ -245,6 +245,10 @@ class TuckAConfig(PeftConfig):
         kwargs.setdefault("format_version", 0)
         return super().check_kwargs(**kwargs)
 
+    def to_dict(self) -> dict:
+        """The fields; sets in order, so that equal configurations make equal files in every process."""
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict:
         """Read the fields of a configuration file (called by PEFT on loading); see `tucka.fields.read_object`."""

@@ -57,7 +57,8 @@ class Mixer:
             if adapter_name in layer.tucka_experts and layer.tucka_routed[adapter_name]
         ]
         # Once seen, for good: blocks that an evaluation has left whole reduce their gradients one by one in backward.
-        self.apart = self.apart or any(is_lent(layer.experts_of(adapter_name).core, ndim=4) for layer in layers)
+        experts = [layer.experts_of(adapter_name) for layer in layers]
+        self.apart = self.apart or any(is_lent(own.core, ndim=4) or is_lent(own.input_mode, ndim=2) for own in experts)
         scope.by_layer = self.apart
         if scope.by_layer:
             return
