@@ -150,6 +150,7 @@ FAILURES = [
     (["figure", "trade-off", "--runs", "runs.csv", "--score", "loss", "-o", "a.pdf"], "runs lack the columns loss"),
     (["figure", "trade-off", "--runs", "nothing.csv", "-o", "a.pdf"], "nothing.csv cannot be read as a table"),
     (["figure", "router-map", "--adapter", "broken", *DATA, "data.npz", "-o", "a.pdf"], "not finite"),
+    (["report", "broken", "-o", "a.html"], "not finite"),
 ]
 
 
@@ -179,13 +180,11 @@ def test_what_cannot_be_done_is_one_line_and_status_1(argv, message, broken_file
     assert not Path("a.html").exists() and not Path("a.pdf").exists()
 
 
-@pytest.mark.parametrize("adapter", ["routerless", "broken"])
-def test_what_is_left_of_a_damaged_adapter_is_shown(adapter, broken_files, command):
+def test_what_is_left_of_a_damaged_adapter_is_shown(broken_files, command):
+    adapter = "routerless"
     status, _, err = command("report", adapter, "-o", "a.html")
     assert (status, err) == (0, "")
-    text = Path("a.html").read_text()
-    assert ("hold values that are not finite" in text) == (adapter == "broken")
-    assert ("no router chooses" in text) == (adapter == "routerless")
+    assert "no router chooses" in Path("a.html").read_text()
     for name in ("core-slices", "expert-similarity", "layer-group-similarity", "spectra"):
         assert command("figure", name, "--adapter", adapter, "-o", "a.svg")[0] == 0
         assert ("no finite values" in Path("a.svg").read_text()) == (adapter == "broken")

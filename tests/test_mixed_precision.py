@@ -85,6 +85,16 @@ def test_no_nan(base, cast):
             assert output.dtype == (cast or base), (name, combination)
 
 
+@pytest.mark.parametrize("start", ["perturb", "kmeans"])
+def test_a_first_batch_without_samples_leaves_the_router_waiting(start):
+    model = one_layer(init_router=start, affinity="cosine", init_experts="kaiming").train()
+    assert model(torch.zeros(0, 4, 16)).shape == (0, 4, 12) and router_of(model).awaits_start
+    output = model(torch.randn(3, 4, 16))
+    output.square().mean().backward()
+    check_finite(model, output, output.sum(), *router_of(model).state_dict().values())
+    assert not router_of(model).awaits_start
+
+
 @pytest.mark.parametrize("base,cast", PRECISIONS[1:], ids=str)
 @pytest.mark.parametrize("name,routing", [("llama", "sample"), ("llama", "batch"), ("bert", "sample")])
 def test_a_row_of_padding_alone(name, routing, base, cast):

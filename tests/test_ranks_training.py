@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 import tucka
+from tucka import ops
 from tucka.model import layers_of
 from tucka.ranks import adapter_parameters, lasso_penalty, truncate
 from tucka.ranks.schedule import RankSchedule
@@ -59,7 +60,7 @@ def test_weights_act_as_tensorly_torchs_lasso():
     set_weights(model)
     experts = layers_of(model)[0].tucka_experts["default"]
     regularizer = tensor_lasso("tucker", penalty=0.25)
-    core, factors = experts._scaled(experts.core, (1, 2, 3)), experts.factors
+    core, factors = ops.scale_core(experts.core, (1, 2, 3), experts.normalize), experts.factors
     parameters = [torch.ones(len(core), dtype=torch.float64), *experts.lasso_weights]
     lassoed = regularizer.apply_lasso(type("T", (), dict(core=core, factors=factors)), parameters)
     with tl.backend_context("pytorch", local_threadsafe=True):

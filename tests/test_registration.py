@@ -40,7 +40,8 @@ def test_importing_tucka_adds_no_plotting_or_learning_library_and_keeps_tensorly
 
 def test_public_names():
     assert set(tucka.__all__) == {
-        "Route", "TuckAConfig", "__version__", "apply", "balance", "expand", "hold_unselected", "initialize",
-        "param_groups", "pin_route", "record_loads", "record_routes", "revive", "suggest_ranks", "truncate",
+        "Route", "TuckAConfig", "__version__", "apply", "balance", "doctor", "expand", "export", "from_loras",
+        "hold_unselected", "initialize", "last_checkpoint", "param_groups", "pin_route", "record_loads",
+        "record_routes", "revive", "save", "suggest_ranks", "to_lora", "truncate",
     }  # fmt: skip
     assert callable(tucka.apply)

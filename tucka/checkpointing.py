@@ -30,6 +30,7 @@ class RouteKeepingCheckpoint:
         """Checkpoint a block that takes its scope along."""
         # Compiled code is not called again to be recomputed.
         if self.dispatcher.current.scope is not None and not torch.compiler.is_compiling():
+            self.dispatcher.current.scope.by_layer = True  # what a block takes from outside, it cannot compute again
             block = _Block(self.dispatcher, block)
         return self.function(block, *args, **kwargs)
 
@@ -91,9 +92,6 @@ def keep_routes(dispatcher: Dispatcher, modules: list[nn.Module]) -> None:
             module._gradient_checkpointing_func = RouteKeepingCheckpoint(
                 dispatcher, module._gradient_checkpointing_func
             )
-    scope = dispatcher.current.scope
-    if scope is not None and scope.trains:
-        scope.by_layer |= any(module.gradient_checkpointing for module in modules)
 
 
 def release_routes(modules: list[nn.Module]) -> None:

@@ -92,7 +92,8 @@ def initialize(
         start_routers(model, layers, name, config, batches[0], features)
         if starts_experts:
             clusters = {tower: clusters_of(routers[tower], feature) for tower, feature in features.items()}
-            collector = MomentCollector([layer for layer in layers if name in layer.tucka_experts], name, config, clusters)
+            carriers = [layer for layer in layers if name in layer.tucka_experts]
+            collector = MomentCollector(carriers, name, config, clusters)
             read_moments(model, layers, batches, collector, config, loss, progress)
             decompositions = collector.decompositions()
             require_all_well()  # all write, or none

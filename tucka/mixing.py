@@ -72,11 +72,7 @@ def _selected_cores(layers: Sequence[ExpertTensor], group: Tensor) -> Tensor:  #
 
 def acting_cores(layers: Sequence[ExpertTensor], core: Tensor) -> Tensor:
     """Stacked cores (L, ·, P, R, R) as they act."""
-    core = ops.scale_core(core, (-3, -2, -1), layers[0].normalize)
-    if not layers[0].lasso_weights:
-        return core
-    expert_LP = torch.stack([layer.lasso_weights[0] for layer in layers])
-    return _weighted(layers, core) * expert_LP.view(len(layers), 1, -1, 1, 1)
+    return weigh_cores(layers, ops.scale_core(core, (-3, -2, -1), layers[0].normalize))
 
 
 def shared_slices(layers: Sequence[ExpertTensor]) -> Tensor | None:  # (L, 1, R, R)
@@ -84,11 +80,19 @@ def shared_slices(layers: Sequence[ExpertTensor]) -> Tensor | None:  # (L, 1, R,
     slices = [layer.shared_core for layer in layers if layer.shared_core is not None]
     if not slices:
         return None
-    return _weighted(layers, ops.scale_core(torch.stack(slices).unsqueeze(1), (-2, -1), layers[0].normalize))
+    return weigh_slices(layers, ops.scale_core(torch.stack(slices).unsqueeze(1), (-2, -1), layers[0].normalize))
 
 
-def _weighted(layers: Sequence[ExpertTensor], core: Tensor) -> Tensor:
-    """Stacked matrices (L, …, R, R) under the lasso weights of their rows and columns."""
+def weigh_cores(layers: Sequence[ExpertTensor], core: Tensor) -> Tensor:
+    """Stacked cores (L, ·, P, R, R) under the weights of a tensor lasso, if the layers have one."""
+    if not layers[0].lasso_weights:
+        return core
+    expert_LP = torch.stack([layer.lasso_weights[0] for layer in layers])
+    return weigh_slices(layers, core) * expert_LP.view(len(layers), 1, -1, 1, 1)
+
+
+def weigh_slices(layers: Sequence[ExpertTensor], core: Tensor) -> Tensor:
+    """Stacked matrices (L, …, R, R) under the lasso weights of their rows and columns, if the layers have them."""
     if not layers[0].lasso_weights:
         return core
     rows_LR = torch.stack([layer.lasso_weights[1] for layer in layers])

@@ -178,6 +178,8 @@ class Router(nn.Module):
         U(−1, 1)·perturb_scale per entry. The k-means starts, which had no calibration: random units of the batch.
         """
         feature = feature.detach()
+        if not len(feature) and not is_distributed():
+            return  # no sample to start from: the next batch has one
         if self.config.init_router == "perturb":
             noise = torch.rand_like(self.centroids) * 2 - 1
             noise[0] = 0

@@ -5,7 +5,6 @@ import copy
 import functools
 import re
 import tempfile
-import traceback
 import warnings
 from pathlib import Path
 
@@ -63,14 +62,21 @@ def _saved(config: tucka.TuckAConfig, path: Path) -> Directory:
 
 
 class Changed(Exception):
-    """An error left the model other than it was."""
+    """An error left the model other than it was: what differs, and the error."""
+
+    def __init__(self, what: str, cause: BaseException) -> None:
+        super().__init__(what)
+        self.cause = cause
+
+    def __str__(self) -> str:
+        return f"{self.args[0]} after {type(self.cause).__name__}: {self.cause}"
 
 
 class Replaced(Exception):
     """Loading replaced a weight of the base model."""
 
 
-class Wrapped(Exception):
+class Wrapped(Changed):
     """An error left the base model with the layers of an adapter, its weights as they were."""
 
 
@@ -100,9 +106,9 @@ class Bench:
                 "base", path, lambda base: PeftModel.from_pretrained(base, path, config=config, is_trainable=True)
             )
         except Changed as error:
-            if str(error).startswith("parameter"):
+            if error.args[0].startswith("parameter"):
                 raise
-            raise Wrapped(str(error)) from None
+            raise Wrapped(error.args[0], error.cause) from None
 
     def second(self, path: Path) -> None:
         """`PeftModel.load_adapter`, beside an adapter that is there."""
@@ -128,11 +134,11 @@ class Bench:
         model = self.held[which]
         try:
             loaded = load(model)
-        except BaseException:
+        except BaseException as error:
             changed = difference(state_of(model), self.before[which])
             if changed:
                 self.held[which] = copy.deepcopy(self.pristine[which])
-                raise Changed(f"{changed} after {traceback.format_exc(limit=-1)}") from None
+                raise Changed(changed, error) from None
             raise
         self.held[which] = copy.deepcopy(self.pristine[which])
         require_base_weights(loaded, self.pristine["base"], path)

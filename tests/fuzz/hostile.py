@@ -101,12 +101,12 @@ def _outcome(way: str, load, path: Path) -> tuple[str, str, str]:
         load(path)
     except Hang:
         return "hang", "Hang", ""
+    except Wrapped as error:
+        return "refused, base left wrapped", type(error.cause).__name__, str(error.cause)
     except Changed as error:
-        return "base changed", "Changed", str(error)
+        return "base changed", type(error.cause).__name__, str(error)
     except Replaced as error:
         return "base weight replaced", "Replaced", str(error)
-    except Wrapped as error:
-        return "refused, base left wrapped", "Wrapped", str(error)
     except CLEAR as error:
         return "refused", type(error).__name__, str(error)
     except Exception as error:

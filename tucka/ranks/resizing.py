@@ -16,6 +16,7 @@ import tensorly as tl
 import torch
 from torch import Tensor, nn
 
+from ..mixing import weigh_cores, weigh_slices
 from ..model import layers_of
 from ..processes import is_distributed
 from ..tensors import ExpertTensor
@@ -189,7 +190,8 @@ def _scales(experts: ExpertTensor) -> dict[str, Tensor]:
                 ones = ones * torch.where(factor > 0, factor.rsqrt(), torch.ones_like(factor))
             elif experts.normalize:
                 ones = ones * (1 + factor / held.shape[-1]).rsqrt()
-            found[name] = experts._weighted(ones)
+            weigh = weigh_cores if name == "core" else weigh_slices
+            found[name] = weigh([experts], ones.unsqueeze(0))[0]
         else:
             found[name] = torch.as_tensor(1 / experts._norm(held), device=held.device)
     return found
