@@ -214,10 +214,19 @@ def test_backward_keeps_the_input_and_the_projection(form, trainable):
 # --- mixing ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fields", [
-    dict(), dict(shared_expert=False), dict(normalize=True, init_experts="kaiming"), dict(k=9, t=1, p=1), dict(lasso=0.1),
-    dict(normalize="bounded", share_factors=True), dict(routing="batch"), dict(rank_pattern={"query": 3}),
-])  # fmt: skip
+MIXED = (
+    dict(),
+    dict(shared_expert=False),
+    dict(normalize=True, init_experts="kaiming"),
+    dict(k=9, t=1, p=1),
+    dict(lasso=0.1),
+    dict(share_factors=True),
+    dict(routing="batch"),
+    dict(rank_pattern={"query": 3}),
+)
+
+
+@pytest.mark.parametrize("fields", MIXED, ids=str)
 def test_layers_mixed_together_as_each_by_itself(fields):
     model = adapted("bert", target_modules="all-linear", **{"normalize": "bounded", **fields})
     randomise(model)

@@ -30,8 +30,8 @@ CHOICES = {
 """Every option with a closed list of values, and the list."""
 
 FLAGS = (
-    "tie_factors", "share_factors", "share_inputs", "shared_expert", "pool_padding", "pool_answers", "balance_bias", "sync_route",
-    "init_weights", "expert_shares",
+    "tie_factors", "share_factors", "share_inputs", "shared_expert", "pool_padding", "pool_answers", "balance_bias",
+    "sync_route", "init_weights", "expert_shares",
 )  # fmt: skip
 """Every option that is either True or False."""
 

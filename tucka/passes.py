@@ -88,7 +88,7 @@ def add_update(
     owned: bool,
     overwrite: bool,
 ) -> Tensor:  # (..., O)
-    """onto + ((x U) M) Vᵀ; with `overwrite`, in the memory of an `owned` tensor, which nobody may read any more."""
+    """Onto + ((x U) M) Vᵀ; with `overwrite`, in the memory of an `owned` tensor, which nobody may read any more."""
     if not owned:
         return ops.add_update(onto, projected, mix, output_factor)
     return _AddUpdate.apply(onto, ops.by_unit(projected, mix.shape[0]), mix, output_factor, overwrite)

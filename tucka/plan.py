@@ -14,7 +14,6 @@ from .layer import TuckALayer, linear_features
 from .patterns import rank_lookup
 from .towers import Tower, find_towers, tower_of
 
-
 INPUT_FAMILIES = (
     ("query", "key", "value"),
     ("query_proj", "key_proj", "value_proj"),
