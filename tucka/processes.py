@@ -119,7 +119,8 @@ def is_lent(parameter: Tensor, ndim: int) -> bool:
 def keeps_writes(parameter: Tensor) -> bool:
     """Whether what is written to a parameter in a forward stays: FSDP lends a copy or a view, DeepSpeed trains one."""
     lent = is_sharded(parameter) or not isinstance(parameter, torch.nn.Parameter)
-    return not lent and vars(parameter).keys().isdisjoint(ZERO_MARKS)
+    # torch.compile traces a look at one attribute, not one at all of them (`vars`).
+    return not lent and all(getattr(parameter, mark, None) is None for mark in ZERO_MARKS)
 
 
 def whole(parameter: Tensor) -> Tensor:
