@@ -236,6 +236,14 @@ def test_what_peft_would_ask_first(what, good, bench, tmp_path):
         read_adapter(tmp_path / "adapter")
 
 
+def test_a_task_whose_head_is_not_in_the_file(good, bench, tmp_path):
+    """PEFT saves the heads of some tasks whole, whether or not `modules_to_save` names them."""
+    headless = good.with_tensors([tensor for tensor in good.tensors if "classifier" not in tensor.key])
+    headless.with_fields(task_type="TOKEN_CLS", modules_to_save=None).write(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"lacks 2 of 23 tensors, base_model\.model\.classifier"):
+        bench.checked(tmp_path / "adapter")
+
+
 def test_an_adapter_to_train_on_that_does_not_fit_leaves_the_weights(good, tmp_path):
     """PEFT has wrapped the layers by then; not a weight is other than it was."""
     with_tensor(good, "dense.weight", [16, 16]).write(tmp_path / "adapter")

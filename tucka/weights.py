@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from huggingface_hub import file_exists, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -97,7 +97,7 @@ def check_weights_beside(
 def _weights_path(folder: Path, repository: str, subfolder: str | None, hub_options: dict[str, Any]) -> Path | None:
     """Where the weights are; the place may be empty. None: on the hub, out of reach."""
     path = folder / SAFETENSORS_WEIGHTS_NAME
-    if folder.is_dir():
+    if (folder / CONFIG_NAME).is_file():  # or else the configuration came from the hub as well
         pickled = not os.path.lexists(path) and (folder / WEIGHTS_NAME).exists()
     else:
         try:
