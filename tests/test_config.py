@@ -8,6 +8,7 @@ import pytest
 from peft import PeftConfig, PeftType
 
 import tucka
+from tucka import formats
 from tucka.config import FORMAT_VERSION, PAPER
 
 PUBLISHED = sorted((Path(__file__).parent / "data" / "golden").glob("*_official_adapter"))
@@ -40,6 +41,7 @@ PUBLISHED = sorted((Path(__file__).parent / "data" / "golden").glob("*_official_
         ({"target_modules": "q.*", "layers_to_transform": [1]}, "layers_to_transform selects among listed"),
         ({"layers_pattern": "h"}, "layers_pattern is set but layers_to_transform is not"),
         ({"format_version": FORMAT_VERSION + 1}, f"of a later tucka; this one reads up to {FORMAT_VERSION}"),
+        ({"format_version": -1}, "format_version=-1 is not a whole number of at least 0"),
         ({"task_type": "POETRY"}, "Invalid task type"),
     ],
 )
@@ -116,3 +118,47 @@ def test_equal_configurations_make_equal_files(tmp_path):
     one, other = ((tmp_path / place / "adapter_config.json").read_text() for place in ("one", "other"))
     assert '"target_modules": [\n    "dense",\n    "key",\n    "query",\n    "value"\n  ]' in one
     assert one == other
+
+
+def test_every_earlier_version_has_its_upgrade():
+    assert sorted(formats.UPGRADES) == list(range(FORMAT_VERSION))
+
+
+def write_config(directory, **fields):
+    stored = {"peft_type": "TUCKA", "target_modules": ["q"], "format_version": FORMAT_VERSION, **fields}
+    (directory / "adapter_config.json").write_text(json.dumps(stored))
+
+
+@pytest.mark.parametrize("cls", [tucka.TuckAConfig, PeftConfig])
+def test_a_file_of_an_older_version_becomes_the_present_one_step_by_step(cls, tmp_path, monkeypatch):
+    """Two later versions, as a future release may have them: one changes what `alpha` is, the next adds a field."""
+    monkeypatch.setattr(formats, "FORMAT_VERSION", FORMAT_VERSION + 2)
+    steps = {
+        FORMAT_VERSION: lambda fields: {"alpha": fields["alpha"] * fields["r"]},
+        FORMAT_VERSION + 1: lambda fields: {"warm_start": fields["alpha"] + 1},
+    }
+    monkeypatch.setattr(formats, "UPGRADES", {**formats.UPGRADES, **steps})
+    write_config(tmp_path, alpha=3.0, r=2, k=5)
+    config = cls.from_pretrained(tmp_path)
+    assert (config.alpha, config.warm_start, config.k, config.format_version) == (6.0, 7.0, 5, FORMAT_VERSION + 2)
+    write_config(tmp_path, alpha=3.0, r=2, format_version=FORMAT_VERSION + 1)
+    assert cls.from_pretrained(tmp_path).alpha == 3.0
+    write_config(tmp_path, alpha=3.0, r=2, format_version=FORMAT_VERSION + 2)
+    assert cls.from_pretrained(tmp_path).warm_start == 0.0
+
+
+def test_a_later_version_is_refused_before_anything_else_of_the_file_is_judged(tmp_path):
+    write_config(tmp_path, format_version=FORMAT_VERSION + 1, routing="token", r="auto", shards=[1, 2])
+    message = f"format_version={FORMAT_VERSION + 1} is of a later tucka; this one reads up to {FORMAT_VERSION}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match=message):
+            tucka.TuckAConfig.from_pretrained(tmp_path)
+
+
+def test_unknown_fields_of_the_present_version_are_left_out_and_named(tmp_path):
+    write_config(tmp_path, r=3, colour="blue", shape=None)
+    with pytest.warns(UserWarning, match=r"does not know: \['colour', 'shape'\]\. They are left out") as warned:
+        config = tucka.TuckAConfig.from_pretrained(tmp_path)
+    assert config.r == 3 and not {"colour", "shape"} & config.to_dict().keys()
+    assert len(warned) == 1 and warned[0].filename == __file__

@@ -543,6 +543,16 @@ class TestFiles:
         again.set_adapter("default")
         assert torch.equal(outputs(again), outputs(model))
 
+    def test_names_that_begin_as_our_keys_do(self, tmp_path):
+        """A head saved under such a name is still a head."""
+        model = bert(modules_to_save=["classifier"])
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(build("bert"), tmp_path, adapter_name="tucka_news").eval()
+        assert torch.equal(outputs(again), outputs(model))
+        again.save_pretrained(tmp_path / "named")
+        named = PeftModel.from_pretrained(build("bert"), tmp_path / "named" / "tucka_news").eval()
+        assert torch.equal(outputs(named), outputs(model))
+
     @pytest.mark.parametrize("where", ["embed_tokens", "lm_head"])
     def test_modules_to_save_of_a_generating_model(self, where, tmp_path):
         model = adapted("llama", modules_to_save=[where]).eval()

@@ -1,5 +1,7 @@
 """Ranks during training: the tensor lasso, and a schedule that lowers ranks until a budget holds."""
 
+import warnings
+
 import pytest
 import tensorly as tl
 import torch
@@ -52,6 +54,16 @@ def test_the_penalty_is_in_the_loss_of_training_alone(name, tmp_path):
     assert_same_state(adapter_state(loaded), adapter_state(model))
     with torch.no_grad():
         assert torch.equal(first_output(loaded(**batch)), expected)
+
+
+def test_a_training_without_a_loss_to_add_it_to_warns():
+    model = tucka.apply(build("bert"), plain_config(lasso=0.5), calibration=[batch_for("bert")]).train()
+    unlabelled = {key: value for key, value in batch_for("bert").items() if key != "labels"}
+    with pytest.warns(UserWarning, match="returned no loss to add the penalty of lasso"):
+        model(**unlabelled)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.eval()(**unlabelled)
 
 
 def test_weights_act_as_tensorly_torchs_lasso():
@@ -130,10 +142,11 @@ class Texts(Dataset):
 
 
 def trainer(model, tmp_path, schedule, name="bert", **options):
-    arguments = TrainingArguments(
-        str(tmp_path), max_steps=8, per_device_train_batch_size=4, learning_rate=1e-3, report_to=[], use_cpu=True,
-        save_strategy="no", disable_tqdm=True, **options,
+    plain = dict(
+        max_steps=8, per_device_train_batch_size=4, learning_rate=1e-3, report_to=[], use_cpu=True,
+        save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
+    arguments = TrainingArguments(str(tmp_path), **{**plain, **options})
     return Trainer(model, arguments, train_dataset=Texts(name), callbacks=[schedule])
 
 
@@ -165,9 +178,24 @@ def test_with_gradient_accumulation_and_the_lasso(tmp_path):
     assert adapter_parameters(model) <= 4000
 
 
+def test_a_run_that_resumes_ends_as_one_that_was_not_interrupted(tmp_path):
+    model = adapted("bert", normalize="bounded", init_experts="kaiming", share_factors=True)
+    budget = int(0.5 * adapter_parameters(model))
+    schedule = RankSchedule(budget, end=7, every=1)
+    trainer(model, tmp_path, schedule, save_strategy="steps", save_steps=4).train()
+    checkpoint = tmp_path / "checkpoint-4"
+    resumed = PeftModel.from_pretrained(build("bert"), checkpoint, is_trainable=True)
+    assert budget < adapter_parameters(resumed) < schedule.first
+    again = RankSchedule(budget, end=7, every=1)
+    trainer(resumed, tmp_path, again).train(resume_from_checkpoint=str(checkpoint))
+    assert again.first == schedule.first
+    assert [step for step, _ in again.reports] == [step for step, _ in schedule.reports if step > 4]
+    assert_same_state(adapter_state(resumed), adapter_state(model))
+
+
 def test_the_cubic_schedule():
     schedule = RankSchedule(1000, start=2, end=10)
-    schedule._first = 9000
+    schedule.first = 9000
     assert [schedule.allowed(step) for step in (0, 2, 6, 10, 50)] == [9000, 9000, 2000, 1000, 1000]
 
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import sys
 import warnings
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, fields
 from typing import Any, Optional, Union
 
 from peft import PeftConfig
 
 from .fields import check_fields, read_object
+from .formats import FORMAT_VERSION, known_fields, require_readable, upgrade
 from .patterns import check_expressions
 from .registration import PEFT_TYPE, add_peft_type
-
-FORMAT_VERSION = 1
-"""Version of the files this release writes; files of a later version are refused."""
 
 CHOICES = {
     "routing": ("sample", "batch"),
@@ -208,8 +206,13 @@ class TuckAConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = add_peft_type(PEFT_TYPE)
         published = (ec_perturb_scale, use_kaiming_init_ec, use_alb, alb_gamma, router_name)
+        require_readable(self.format_version)
         self.from_published_code = self.format_version == 0 or any(value is not None for value in published)
+        if self.from_published_code:
+            self.format_version = 0
         self.weights_beside: Optional[dict] = None  # what the file says that this was read beside; see `tucka.weights`
+        for name, value in upgrade({each.name: getattr(self, each.name) for each in fields(self)}).items():
+            setattr(self, name, value)
         if self.from_published_code:
             self._read_published_fields(*published)
         validate(self)
@@ -219,10 +222,6 @@ class TuckAConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
 
     def _read_published_fields(self, ec_perturb_scale, use_kaiming_init_ec, use_alb, alb_gamma, router_name) -> None:
-        for name, value in PAPER.items():
-            setattr(self, name, value)
-        self.pool_padding = self.pool_answers = True
-        self.format_version = FORMAT_VERSION
         self.init_router = "kaiming" if use_kaiming_init_ec else "perturb"
         self.balance_bias = bool(use_alb)
         self.router_module = router_name or None
@@ -241,9 +240,12 @@ class TuckAConfig(PeftConfig):
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict:
-        """Read a file without our format version with the paper's semantics (called by PEFT on loading)."""
+        """Refuse a file of a later version and leave out fields that are not known (called by PEFT on loading).
+
+        A file without our format version has the paper's semantics; see `tucka.formats`.
+        """
         kwargs.setdefault("format_version", 0)
-        return super().check_kwargs(**kwargs)
+        return super().check_kwargs(**known_fields(kwargs, cls.__dataclass_fields__))
 
     def to_dict(self) -> dict:
         """The fields; sets in order, so that equal configurations make equal files in every process."""
@@ -292,11 +294,6 @@ def validate(config: TuckAConfig) -> None:
     for name in FLAGS:
         if not isinstance(getattr(config, name), bool):
             raise ValueError(f"{name}={getattr(config, name)!r} is neither True nor False")
-    _check_count("format_version", config.format_version)
-    if config.format_version > FORMAT_VERSION:
-        raise ValueError(
-            f"format_version={config.format_version} is of a later tucka; this one reads up to {FORMAT_VERSION}"
-        )
     for pattern, rank in (config.rank_pattern or {}).items():
         _check_count(f"rank_pattern[{pattern!r}]", rank)
     _check_count("router_depth", config.router_depth, least=0)

@@ -20,7 +20,17 @@ from transformers import PreTrainedModel
 
 from .layer import TuckALayer, linear_features
 from .state import base_model, published_name
-from .weights import FILE_PREFIX, PUBLISHED_KEYS, ROOM, Shape, expert_shapes, layer_of, require_sound, router_shapes
+from .weights import (
+    FILE_PREFIX,
+    PUBLISHED_KEYS,
+    ROOM,
+    Shape,
+    expert_shapes,
+    is_own,
+    layer_of,
+    require_sound,
+    router_shapes,
+)
 
 if TYPE_CHECKING:
     from .config import TuckAConfig
@@ -178,7 +188,7 @@ def require_own_weights(
     base = base_model(model)
     adapted = {name for name, module in base.named_modules() if isinstance(module, TuckALayer)}
     trained, present = trained_beside(base, config, adapted), base.state_dict()
-    others = [key for key in state_dict if ".tucka_" not in key and f".modules_to_save.{adapter_name}." not in key]
+    others = [key for key in state_dict if not is_own(key) and f".modules_to_save.{adapter_name}." not in key]
     beside = [key for key in others if key.removeprefix(FILE_PREFIX) in present]
     replaced = [key for key in beside if not any(name in trained for name in plain_names(key))]
     if replaced:
@@ -270,7 +280,7 @@ def trained_beside(model: nn.Module, config: TuckAConfig, adapted: Collection[st
         (name, *_) = plain_names(key)
         layer, _, end = name.rpartition(".")
         bias = end == "bias" and (config.bias == "all" or (config.bias == "tucka_only" and layer in adapted))
-        if ".tucka_" not in key and (bias or name.startswith(tuple(embeddings))):
+        if not is_own(key) and (bias or name.startswith(tuple(embeddings))):
             found[name] = tuple(value.shape)
     return found
 

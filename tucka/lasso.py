@@ -10,6 +10,7 @@ unless it is reset.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,6 +23,11 @@ from .processes import whole
 
 THRESHOLD = 1e-6
 """Weights nearer to zero than this are set to zero, as in tensorly-torch."""
+
+NO_LOSS = (
+    "the model returned no loss to add the penalty of lasso=… to, as with a trainer that takes the loss itself; it "
+    "has no effect unless that loss adds tucka.ranks.lasso_penalty(model)"
+)
 
 
 def add_penalty(model: nn.Module, layers_of: Callable) -> None:
@@ -75,8 +81,10 @@ def _project(layers_of: Callable, module: nn.Module, args: tuple) -> None:
 
 def _add(layers_of: Callable, module: nn.Module, args: tuple, output: Any) -> None:
     """As transformers' mixtures of experts add their auxiliary loss: to `output.loss`, where there is one."""
-    if not _trains(module) or not isinstance(output, (ModelOutput, dict)) or output.get("loss") is None:
+    penalty = penalty_of(layers_of(module)) if _trains(module) else None
+    if penalty is None:
         return
-    penalty = penalty_of(layers_of(module))
-    if penalty is not None:
+    if isinstance(output, (ModelOutput, dict)) and output.get("loss") is not None:
         output["loss"] = output["loss"] + penalty.to(output["loss"])
+    elif not torch.compiler.is_compiling():
+        warnings.warn(NO_LOSS, stacklevel=2)

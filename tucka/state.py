@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from .weights import FILE_PREFIX, PUBLISHED_KEYS
+from .weights import FILE_PREFIX, PUBLISHED_KEYS, is_own
 from .weights import header_shapes as header_shapes
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def require_whole_adapter(model: nn.Module, adapter_name: str, state_dict: dict[
     missing = [key for key in expected if key not in state_dict]
     if missing:
         raise ValueError(f"the adapter file lacks {len(missing)} of {len(expected)} tensors, {missing[0]} among them")
-    unknown = [key for key in state_dict if ".tucka_" in key and key not in expected]
+    unknown = [key for key in state_dict if is_own(key) and key not in expected]
     if unknown:
         raise ValueError(f"the adapter file holds {len(unknown)} tensors the model has no place for, as {unknown[0]}")
     for key, value in expected.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,6 +34,9 @@ PUBLISHED_KEYS = {
 """Ends of the published code's keys, and of ours."""
 
 FILE_PREFIX = "base_model.model."
+
+OWN_KEY = re.compile(r"\.tucka_(?:(?:experts|router)\.|(?:g|c|u|ec)$)")
+"""In the key of a tensor of experts or of a router, ours or the published code's."""
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types of the tensors of an adapter, but for the router's flag."""
@@ -131,7 +135,7 @@ def header_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 def require_sound(key: str, value: Tensor, place: str = "") -> None:
     """Refuse experts and routers that are not finite, and any other tensor that holds NaN, by `ValueError`."""
-    bad = ~value.isfinite() if ".tucka_" in key else value.isnan()
+    bad = ~value.isfinite() if is_own(key) else value.isnan()
     if bad.any():
         raise ValueError(f"{place}{key} holds {int(bad.sum())} of {value.numel()} values that are not finite")
 
@@ -139,9 +143,14 @@ def require_sound(key: str, value: Tensor, place: str = "") -> None:
 # --- a file against its configuration ----------------------------------------------------------------------------
 
 
+def is_own(key: str) -> bool:
+    """Whether a key means a tensor of experts or of a router, and not one that PEFT saves beside them."""
+    return OWN_KEY.search(key) is not None
+
+
 def layer_of(key: str) -> str:
     """Name of the adapted layer that a key belongs to."""
-    return key.removeprefix(FILE_PREFIX).partition(".tucka_")[0]
+    return OWN_KEY.split(key.removeprefix(FILE_PREFIX))[0]
 
 
 def expert_shapes(
@@ -175,7 +184,7 @@ def _require_experts(path: Path, header: dict[str, Declared], config: TuckAConfi
 def _check_shapes(path: Path, header: dict[str, Declared], config: TuckAConfig) -> None:
     rank_of = rank_lookup(config)
     for key, (dtype, shape) in header.items():
-        if ".tucka_" not in key:
+        if not is_own(key):
             continue
         part, rank = part_of(key), rank_of(layer_of(key))
         types = ("BOOL",) if part == "initialised" else FLOATS

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ..config import TuckAConfig
 from ..model import layers_of
 from ..ranks.families import pattern_for
-from ..state import FILE_PREFIX
+from ..weights import FILE_PREFIX, is_own
 from .factors import LowRank
 from .targets import base_module_names, exact_targets
 
@@ -54,7 +54,7 @@ def base_name(model: PeftModel, config: TuckAConfig) -> Optional[str]:
 def beside_experts(model: PeftModel, name: str, save_embedding_layers: bool | str = "auto") -> dict[str, Tensor]:
     """What an adapter saves beside its experts: trained heads and biases, and embeddings of another size."""
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=save_embedding_layers)  # type: ignore[arg-type]
-    return {key: value for key, value in state.items() if ".tucka_" not in key}
+    return {key: value for key, value in state.items() if not is_own(key)}
 
 
 def write_lora(

@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from ..model import single_adapter_name
 from .families import adapter_parameters, families_of, router_parameters
 from .truncation import Truncation, truncate
 
 
-class RankSchedule(TrainerCallback):
+class RankSchedule(TrainerCallback, ExportableState):
     """Lower the ranks of an adapter between two steps of a training, until its parameters keep a budget.
 
     After step s the adapter may have b + (n − b) (1 − (s − start) / (end − start))³ parameters, with n what it had when
@@ -26,6 +27,9 @@ class RankSchedule(TrainerCallback):
     expert factors exactly, by the matrices that parameters are multiplied by, and those of D-mode factors up to what
     came through dropped columns; second moments as if entries varied independently, since a change of basis mixes
     them. Norms of ``normalize="bounded"`` enter as factors, without their own derivative. Counts of steps stay.
+
+    A checkpoint of the Trainer notes n: a run that resumes from it with the model loaded from it
+    (``PeftModel.from_pretrained(base, checkpoint, is_trainable=True)``) goes on as one that was never interrupted.
 
     Parameters
     ----------
@@ -44,6 +48,8 @@ class RankSchedule(TrainerCallback):
     ----------
     reports : list of (int, Truncation)
         The step and the report of every lowering that changed a rank.
+    first : int
+        n, the adapter's parameters when training began.
 
     Raises
     ------
@@ -66,12 +72,18 @@ class RankSchedule(TrainerCallback):
         self.budget, self.start, self.end, self.every = budget, start, end, every
         self.adapter_name = adapter_name
         self.reports: list[tuple[int, Truncation]] = []
-        self._name, self._first = "", 0
+        self.first = 0
+        self._name = ""
 
     def allowed(self, step: int) -> int:
         """Parameters that the adapter may have after a step."""
         part = min(max((step - self.start) / (self.end - self.start), 0.0), 1.0)
-        return max(self.budget, int(self.budget + (self._first - self.budget) * (1 - part) ** 3))
+        return max(self.budget, int(self.budget + (self.first - self.budget) * (1 - part) ** 3))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds, in transformers' form."""
+        names = ("budget", "end", "start", "every", "adapter_name")
+        return {"args": {name: getattr(self, name) for name in names}, "attributes": {"first": self.first}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Check what can be checked before the first step."""
@@ -79,7 +91,8 @@ class RankSchedule(TrainerCallback):
         self._name = single_adapter_name(model, self.adapter_name)
         families, fixed = families_of(model, self._name), router_parameters(model, self._name)
         least = fixed + sum(family.parameters(1) for family in families)
-        self._first = adapter_parameters(model, self._name)
+        noted = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
+        self.first = noted["attributes"]["first"] if noted else adapter_parameters(model, self._name)
         if self.budget < least:
             raise ValueError(f"budget={self.budget} parameters are too few: with rank 1 in every layer it has {least}")
         if model.peft_config[self._name].normalize is True:

@@ -1,0 +1,106 @@
+"""Settings of the documentation site; `make docs` builds it."""
+
+import os
+import sys
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "extensions"))
+
+# Set before torch is imported: pictures and numbers of the gallery are then the same on every machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+project = "tucka"
+copyright = "the authors of tucka"
+release = version("tucka")
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "numpydoc",
+    "sphinx_gallery.gen_gallery",
+    "sphinx_copybutton",
+    "sphinx_design",
+    "mathml",
+]
+exclude_patterns = ["_build", "gallery", "Thumbs.db", ".DS_Store"]
+templates_path = ["_templates"]
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+
+# --- pages -----------------------------------------------------------------------------------------------------------
+
+myst_enable_extensions = ["colon_fence", "dollarmath", "deflist"]
+myst_heading_anchors = 3
+highlight_language = "none"
+html_math_renderer = "mathml"
+suppress_warnings = ["config.cache"]  # the order of a gallery is a function, which no cache can hold
+
+# --- reference -------------------------------------------------------------------------------------------------------
+
+default_role = "py:obj"
+add_module_names = False
+autodoc_typehints = "none"  # the docstrings say shapes as well
+autodoc_member_order = "bysource"
+autosummary_generate = True
+autosummary_ignore_module_all = False
+numpydoc_show_class_members = False  # the templates list them
+numpydoc_class_members_toctree = False
+
+# --- gallery ---------------------------------------------------------------------------------------------------------
+
+sphinx_gallery_conf = {
+    "examples_dirs": "gallery",
+    "gallery_dirs": "auto/gallery",
+    "filename_pattern": r"/plot_",
+    "ignore_pattern": r"digits\.py$",
+    "copyfile_regex": r"digits\.py$",
+    "within_subsection_order": "FileNameSortKey",
+    "image_srcset": ["2x"],
+    "download_all_examples": False,
+    "remove_config_comments": True,
+    "show_memory": False,
+    "show_signature": False,
+    "doc_module": ("tucka", "analysis"),
+    "backreferences_dir": "auto/backreferences",
+    "log_level": {"backreference_missing": "debug"},
+}
+warnings.filterwarnings("ignore", category=DeprecationWarning)
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+
+# --- looks -----------------------------------------------------------------------------------------------------------
+
+html_theme = "pydata_sphinx_theme"
+html_title = "tucka"
+html_show_sourcelink = False
+html_theme_options: dict[str, Any] = {
+    "logo": {"text": "tucka"},
+    "navbar_align": "left",
+    "header_links_before_dropdown": 8,
+    "show_prev_next": True,
+    "show_toc_level": 2,
+    "navigation_depth": 3,
+    "collapse_navigation": True,
+    "footer_start": ["copyright"],
+    "footer_end": ["theme-version"],
+    "pygments_light_style": "tango",
+    "pygments_dark_style": "monokai",
+}
+html_sidebars = {"index": []}
+
+
+def skip_fields(app: Sphinx, what: str, name: str, item: Any, skip: bool, options: Any) -> bool | None:
+    """Leave out "Alias for field number 0" of named tuples, whose class says what its fields are."""
+    return True if type(item).__name__ == "_tuplegetter" else None
+
+
+def setup(app: Sphinx) -> None:
+    """Connect what is ours."""
+    app.connect("autodoc-skip-member", skip_fields)

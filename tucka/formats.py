@@ -1,0 +1,71 @@
+"""Versions of the configuration file: which this release reads, and how an older one becomes the present one.
+
+A file says its version in ``format_version``; one without it was written by the paper's published code and counts as
+version 0. What makes it safe for an earlier release to read a file of a later one is a promise kept by every change:
+
+- A change by which the same file would make another adapter (a new field whose absence means something else, another
+  meaning of an old one) raises `FORMAT_VERSION` and adds to `UPGRADES` what older files meant. Earlier releases refuse
+  the new files, by an error that names both versions.
+- A field that changes nothing an adapter computes needs no new version: earlier releases leave it out, with a warning.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from .fields import shown
+
+FORMAT_VERSION = 1
+"""Version of the files this release writes; files of a later version are refused."""
+
+
+def _from_published_code(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Version 0: the paper's semantics. Its own names of fields are mapped by `TuckAConfig`, which takes them too."""
+    from .config import PAPER
+
+    return {**PAPER, "pool_padding": True, "pool_answers": True}
+
+
+UPGRADES: dict[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {0: _from_published_code}
+"""By version: takes the fields of such a configuration, returns those that differ in the next version."""
+
+
+def require_readable(version: Any) -> None:
+    """Refuse a later version, and what is none, by `ValueError`."""
+    if isinstance(version, bool) or not isinstance(version, int) or version < 0:
+        raise ValueError(f"format_version={shown(version)} is not a whole number of at least 0")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"format_version={shown(version)} is of a later tucka; this one reads up to {FORMAT_VERSION}. "
+            "Upgrade tucka to read it"
+        )
+
+
+def upgrade(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What changes in the fields of a configuration on its way to the present version; nothing if it has that."""
+    changed: dict[str, Any] = {}
+    for version in range(fields["format_version"], FORMAT_VERSION):
+        changed |= UPGRADES[version]({**fields, **changed})
+        changed["format_version"] = version + 1
+    return changed
+
+
+def known_fields(given: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """The fields of a file that this release knows; the others are left out with a warning.
+
+    Raises
+    ------
+    ValueError
+        If the file is of a later version, whose fields may mean anything.
+    """
+    require_readable(given.get("format_version", 0))
+    unknown = sorted(given.keys() - set(known))
+    if unknown:
+        warnings.warn(
+            f"the configuration holds fields that this release does not know: {shown(unknown)}. They are left out: a "
+            "field that changes what an adapter computes comes with a later format_version, which is refused.",
+            stacklevel=5,  # whoever called `TuckAConfig.from_pretrained`
+        )
+    return {name: value for name, value in given.items() if name in known}
