@@ -37,6 +37,11 @@ HEADINGS = {
 VARIED = {"ranks": "rank", "prefill": "batch", "decode": "batch"}
 """The setting that takes several values in one table."""
 
+INTRODUCTION = (
+    "Median of the rounds and, in brackets, quartiles; ratios are taken round by round. *Fastest* is the fastest round "
+    "of an arm over the fastest of the other."
+)
+
 MEMORY = {
     "saved_activation_bytes": "saved activations (MiB)",
     "peak_live_bytes": "peak of a step (MiB)",
@@ -54,7 +59,7 @@ def write(records: Sequence[Record], directory: Path) -> str:
     """
     if not records:
         raise ValueError("there are 0 records to write tables of, at least 1 is needed")
-    parts = ["# Speed and memory", "Median of the rounds and, in brackets, quartiles; ratios are taken round by round."]
+    parts = ["# Speed and memory", INTRODUCTION]
     wanted = targets_table(records)
     if wanted:
         parts += ["## Targets", wanted]
@@ -125,6 +130,7 @@ def time_table(group: Sequence[Record]) -> str:
     columns["ms"] = milliseconds
     for name in references:
         columns[f"× {name}"] = lambda record, name=name: spread(record["ratios"].get(name), ".3f")  # type: ignore[misc]
+        columns[f"fastest × {name}"] = lambda record, name=name: f"{record['fastest'][name]:.3f}"  # type: ignore[misc]
     if "tokens" in group[0]:
         columns["tokens/s"] = lambda record: f"{record['tokens'] / record['seconds'][1]:,.1f}"
     if "peak_tflops" in group[0] and "operations" in group[0]:
