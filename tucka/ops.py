@@ -134,8 +134,9 @@ def cosine_affinity(
 ) -> Tensor:  # (N, K, T)
     """Softmax over all experts of the cosine to their centroids, over τ: Σ over K·T is 1 for every unit."""
     feature = feature / safe_norm(feature, dim=-1, keepdim=True)
-    centroids = centroids / safe_norm(centroids, dim=-1, keepdim=True)
-    logits_NC = torch.einsum("nf,cf->nc", feature, centroids) / temperature
+    products_NC = torch.einsum("nf,cf->nc", feature, centroids)
+    # With thousands of experts every pass over the centroids counts, so their norms divide the products.
+    logits_NC = products_NC / (safe_norm(centroids, dim=-1) * temperature)
     return shared_softmax(logits_NC, log_share).unflatten(-1, (groups, -1))
 
 
