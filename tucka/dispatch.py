@@ -64,7 +64,8 @@ class Dispatcher:
         # A block's parameters are whole in its own forward, so whether they are sharded shows here only.
         sharded = any(is_sharded(self.router(name).centroids) for name in self.router_owners)
         scope = Scope(inputs, {}, trains=trains, pinned=current.pinned, module=module, sharded=sharded)
-        if current.pinned is None:
+        # Groups that a user chose get the gates of the prompt, as groups that the router chose do.
+        if current.pinned is None or (current.pinned.gates is None and current.memory):
             self._continue(scope, module)
         current.scope = scope
 
@@ -230,7 +231,7 @@ class Dispatcher:
                 "prefill_chunk_size reads a prompt in parts, but its route is taken from the whole; "
                 "leave it out, or pin the route (tucka.pin_route)"
             )
-        with replaced(self.current, memory={}):
+        with replaced(self.current, memory={}, ready={}):
             yield
 
     @contextmanager

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import passes
 from .config import TuckAConfig
+from .decoding import Ready, make_ready
 from .dispatch import Dispatcher
 from .mixer import mix_layer
 from .routing import Route, Router
@@ -164,6 +165,11 @@ class TuckALayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if all(name in self.tucka_input_of for name in names):
             return self.base_layer(self._shared_input(x, names), *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            current = self.dispatcher.current
+            ready = current.ready.get(self.name)
+            if ready is not None and ready.serves(names, x, current):
+                return self._decoded(ready, x, *args, **kwargs)
         owned, dtype = passes.may_overwrite(self.base_layer), passes.product_dtype(x)
         with passes.without_autocast(x):
             x, updates = self._updates(x, names, dtype, owned)
@@ -182,7 +188,26 @@ class TuckALayer(nn.Module, BaseTunerLayer):
                 input_mode, mix = passes.within_range(input_mode, mix)
             x, projected = passes.project(x, input_mode.to(x.device, dtype), owned)
             updates.append(Update(self.tucka_form[name], projected, mix.to(dtype), output_mode))
+            if len(names) == 1:
+                self._make_ready(names, input_mode, mix, output_mode, x)
         return x, updates
+
+    def _make_ready(self, names: list[str], input_mode: Tensor, mix: Tensor, output_mode: Tensor, x: Tensor) -> None:
+        current = self.dispatcher.current
+        if current.memory is None or torch.compiler.is_compiling() or names[0] in self.tucka_input_of:
+            return
+        ready = make_ready(
+            current, names, self.tucka_form[names[0]], input_mode.to(x.device, x.dtype), mix, output_mode
+        )
+        if ready is not None:
+            current.ready[self.name] = ready
+
+    def _decoded(self, ready: Ready, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer with an update that was made ready."""
+        if ready.form == "multiplicative":
+            return self.base_layer(ready.add(x, x, overwrite=False), *args, **kwargs)
+        y = self.base_layer(x, *args, **kwargs)
+        return ready.add(y, x, overwrite=passes.may_overwrite(self.base_layer))
 
     def _shared_input(self, x: Tensor, names: list[str]) -> Tensor:
         """x', computed by whichever of the layers that read one tensor runs first."""

@@ -62,7 +62,8 @@ class Mixer:
         scope.by_layer = self.apart
         if scope.by_layer:
             return
-        if under_gradient or torch.compiler.is_compiling():
+        fresh = adapter_name in scope.features  # a route taken in this forward, which none before has used
+        if under_gradient or fresh or torch.compiler.is_compiling():
             scope.mixes[key] = mix_together(layers, adapter_name, route)
             return
         state = _state(layer.experts_of(adapter_name) for layer in layers)

@@ -91,7 +91,17 @@ def add_update(
     """Onto + ((x U) M) Vᵀ; with `overwrite`, in the memory of an `owned` tensor, which nobody may read any more."""
     if not owned:
         return ops.add_update(onto, projected, mix, output_factor)
-    return _AddUpdate.apply(onto, ops.by_unit(projected, mix.shape[0]), mix, output_factor, overwrite)
+    projected = ops.by_unit(projected, mix.shape[0])
+    if not torch.is_grad_enabled():  # what autograd asks of every call is a good part of a small one
+        return _updated(onto, projected, mix, output_factor, overwrite)
+    return _AddUpdate.apply(onto, projected, mix, output_factor, overwrite)
+
+
+def _updated(onto: Tensor, projected: Tensor, mix: Tensor, output_factor: Tensor, overwrite: bool) -> Tensor:
+    mixed = _rows(torch.bmm(projected, mix))
+    if overwrite:  # a detached tensor shares the version counter: whoever kept `onto` for backward is told
+        return _rows(onto.detach()).addmm_(mixed, output_factor.mT).view(onto.shape)
+    return torch.addmm(_rows(onto), mixed, output_factor.mT).view(onto.shape)
 
 
 class _Project(Function):
@@ -116,10 +126,7 @@ class _AddUpdate(Function):
         ctx: Any, onto: Tensor, projected: Tensor, mix: Tensor, output_factor: Tensor, overwrite: bool
     ) -> Tensor:
         ctx.save_for_backward(projected, mix, output_factor)
-        mixed = _rows(torch.bmm(projected, mix))
-        if overwrite:  # a detached tensor shares the version counter: whoever kept `onto` for backward is told
-            return _rows(onto.detach()).addmm_(mixed, output_factor.mT).view(onto.shape)
-        return torch.addmm(_rows(onto), mixed, output_factor.mT).view(onto.shape)
+        return _updated(onto, projected, mix, output_factor, overwrite)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]

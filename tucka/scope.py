@@ -68,6 +68,7 @@ class Current(threading.local):
         self.recordings: tuple[tuple[str, list[Route]], ...] = ()  # adapter name, where its routes go
         self.memory: dict[str, Route] | None = None  # routes of the prompt while `generate` runs
         self.kept: Any = None  # the mixes of the last route taken without gradient
+        self.ready: dict[str, Any] = {}  # updates of layers for the tokens to come, while `generate` runs
 
     def __deepcopy__(self, memo: dict) -> Current:
         return Current()

@@ -1,0 +1,75 @@
+"""The update while `generate` runs: its route lasts, so every layer multiplies out beforehand what no token changes.
+
+Shape legend: N routed units, S rows of a unit, D and O input and output features, R rank (see `tucka.ops`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .routing import Route
+
+if TYPE_CHECKING:
+    from .scope import Current
+
+
+class Ready(NamedTuple):
+    """A layer's update at a route that lasts: x U (M) Vᵀ, with M in the last factor where all rows have one."""
+
+    adapter_names: list[str]
+    route: Route
+    form: str
+    input_mode: Tensor  # (D, R)
+    mix: Tensor | None  # (N, R, R); None: one for all rows
+    output_mode: Tensor  # (R, O)
+
+    def serves(self, adapter_names: list[str], x: Tensor, current: Current) -> bool:
+        """Whether this is what the layer would compute: the adapter, route, precision and samples are the same."""
+        scope = current.scope
+        return (
+            scope is not None
+            and self.adapter_names == adapter_names
+            and scope.routes.get(adapter_names[0]) is self.route
+            and not scope.shared_input
+            and x.dtype == self.input_mode.dtype
+            and (self.mix is None or self.mix.shape[0] == x.shape[0])
+            and not torch.is_grad_enabled()
+        )
+
+    def add(
+        self,
+        onto: Tensor,  # (..., O)
+        x: Tensor,  # (..., D)
+        overwrite: bool,
+    ) -> Tensor:  # (..., O)
+        """Onto + x U M Vᵀ, in place if asked to."""
+        rows = onto.reshape(-1, onto.shape[-1])
+        projected = x.reshape(-1, x.shape[-1]) @ self.input_mode
+        if self.mix is not None:
+            projected = torch.bmm(projected.view(len(self.mix), -1, self.mix.shape[-1]), self.mix).flatten(0, 1)
+        added = rows.addmm_ if overwrite else rows.addmm
+        return added(projected.to(rows.dtype), self.output_mode.to(rows.dtype)).view(onto.shape)
+
+
+def make_ready(
+    current: Current,
+    adapter_names: list[str],
+    form: str,
+    input_mode: Tensor,  # (D, R), in the precision of the product
+    mix: Tensor,  # (N, R, R)
+    output_mode: Tensor,  # (O, R)
+) -> Ready | None:
+    """A layer's update for the tokens to come, if the prompt of a `generate` is being read and its route will last."""
+    scope = current.scope
+    if scope is None or current.memory is None or scope.warm is not None or scope.shared_input:
+        return None
+    route = scope.routes.get(adapter_names[0])
+    if route is None or torch.is_grad_enabled() or torch.is_autocast_enabled(mix.device.type):
+        return None
+    dtype, output_RO = input_mode.dtype, output_mode.mT
+    if len(mix) == 1:
+        return Ready(adapter_names, route, form, input_mode, None, (mix[0] @ output_RO.to(mix)).to(dtype))
+    return Ready(adapter_names, route, form, input_mode, mix.to(dtype), output_RO.to(mix.device, dtype))
