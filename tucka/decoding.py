@@ -69,7 +69,8 @@ def make_ready(
     route = scope.routes.get(adapter_names[0])
     if route is None or torch.is_grad_enabled() or torch.is_autocast_enabled(mix.device.type):
         return None
-    dtype, output_RO = input_mode.dtype, output_mode.mT
+    dtype, output_RO = input_mode.dtype, output_mode.mT.to(mix.device)
+    input_mode = input_mode.mT.contiguous().mT  # a few rows are multiplied fastest with columns that lie together
     if len(mix) == 1:
-        return Ready(adapter_names, route, form, input_mode, None, (mix[0] @ output_RO.to(mix)).to(dtype))
-    return Ready(adapter_names, route, form, input_mode, mix.to(dtype), output_RO.to(mix.device, dtype))
+        return Ready(adapter_names, route, form, input_mode, None, (mix[0] @ output_RO).to(dtype))
+    return Ready(adapter_names, route, form, input_mode, mix.to(dtype), output_RO.to(dtype).contiguous())
