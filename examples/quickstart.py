@@ -7,7 +7,8 @@
 4. Draw which group of experts serves which domain, and the accuracy of both methods.
 5. Keep the test digits and the log of the training, for `python -m analysis report`.
 
-Everything runs on the CPU and nothing is downloaded.
+Everything runs on the CPU and nothing is downloaded. Without this file, from the installed package:
+``python -m tucka.examples.quickstart``.
 """
 
 from __future__ import annotations
