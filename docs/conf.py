@@ -3,11 +3,9 @@
 import os
 import sys
 import warnings
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-from sphinx.application import Sphinx
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "extensions"))
@@ -18,7 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 project = "tucka"
 copyright = "the authors of tucka"
-release = version("tucka")
+release = metadata.version("tucka")
 
 extensions = [
     "myst_parser",
@@ -29,6 +27,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
     "mathml",
+    "named_tuples",
 ]
 exclude_patterns = ["_build", "gallery", "Thumbs.db", ".DS_Store"]
 templates_path = ["_templates"]
@@ -50,7 +49,10 @@ add_module_names = False
 autodoc_typehints = "none"  # the docstrings say shapes as well
 autodoc_member_order = "bysource"
 autosummary_generate = True
-autosummary_ignore_module_all = False
+autosummary_filename_map = {  # file systems that ignore case hold one of them otherwise
+    "analysis.sweeps.Plan": "analysis.sweeps.Plan-class",
+    "tucka.ranks.Spectra": "tucka.ranks.Spectra-class",
+}
 numpydoc_show_class_members = False  # the templates list them
 numpydoc_class_members_toctree = False
 
@@ -61,15 +63,16 @@ sphinx_gallery_conf = {
     "gallery_dirs": "auto/gallery",
     "filename_pattern": r"/plot_",
     "ignore_pattern": r"digits\.py$",
-    "copyfile_regex": r"digits\.py$",
     "within_subsection_order": "FileNameSortKey",
-    "image_srcset": ["2x"],
     "download_all_examples": False,
     "remove_config_comments": True,
     "show_memory": False,
     "show_signature": False,
+    "write_computation_times": False,
+    "min_reported_time": 3600,  # seconds of the machine that built the site say nothing
     "doc_module": ("tucka", "analysis"),
     "backreferences_dir": "auto/backreferences",
+    "reference_url": {"tucka": None, "analysis": None},  # names in the code lead to their pages
     "log_level": {"backreference_missing": "debug"},
 }
 warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -93,14 +96,4 @@ html_theme_options: dict[str, Any] = {
     "pygments_light_style": "tango",
     "pygments_dark_style": "monokai",
 }
-html_sidebars = {"index": []}
-
-
-def skip_fields(app: Sphinx, what: str, name: str, item: Any, skip: bool, options: Any) -> bool | None:
-    """Leave out "Alias for field number 0" of named tuples, whose class says what its fields are."""
-    return True if type(item).__name__ == "_tuplegetter" else None
-
-
-def setup(app: Sphinx) -> None:
-    """Connect what is ours."""
-    app.connect("autodoc-skip-member", skip_fields)
+html_sidebars = {page: [] for page in ("index", "mathematics", "faq", "changelog")}  # no pages below them

@@ -142,6 +142,8 @@ class TuckAConfig(PeftConfig):
         Written by the library: the router keeps which part of its original every expert is, since `tucka.expand`.
     factor_owners : dict, optional
         Written when a model is adapted, for readers of the file: layers, and the layer whose factors each shares.
+    format_version : int
+        Written by the library: the version of the file's format. Files of a later version are refused.
     target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save, bias, init_weights
         As in PEFT; ``bias`` is "none", "all" or "tucka_only", and ``init_weights=False`` draws random experts.
 
