@@ -204,6 +204,12 @@ def adapted(name, dtype=torch.float32, calibrate=True, **fields):
     return randomise(tucka.apply(build(name, dtype), config, calibration=[batch] if calibrate else None))
 
 
+@pytest.fixture
+def out(tmp_path):
+    """The table of a sweep, in a directory that is not there yet."""
+    return tmp_path / "deep" / "runs.csv"
+
+
 @pytest.fixture(autouse=True)
 def _deterministic():
     torch.manual_seed(0)
