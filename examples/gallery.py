@@ -18,12 +18,12 @@ from analysis import adapter_of, observe, style
 from analysis.data import load_model, read_data
 from analysis.figures import FIGURES, Inputs, draw
 
-HEAD = """# Gallery
+HEAD = """# Figures by name
 
-Every figure of the analysis package, drawn from the adapter of the quickstart (a small vision transformer on digits of
-four shifted domains, each with labels of its own) and from the runs of the sweep over experts and ranks
-([docs/results/experts.md](results/experts.md)). Each is one function of `analysis.plots` and one name of
-`python -m analysis figure`.
+Every figure that `python -m analysis figure` knows, drawn from the adapter of the quickstart (a small vision
+transformer on digits of four shifted domains, each with labels of its own) and from the sweep over experts and ranks
+([docs/results/experts.md](results/experts.md)). The scripts in `docs/gallery/` draw them in Python, a function of
+`analysis.plots` each, and run whenever the documentation is built (`make docs`).
 
     python examples/quickstart.py
     python examples/gallery.py

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from common.answers import solves
+from .answers import solves
+from .training import processes
 
 NO_LOSS = -100
 """Label of a token that is not learnt: one of the prompt."""
@@ -39,10 +38,14 @@ class Exercises(Dataset):
         The model's.
     length : int
         Tokens of a prompt and its solution; what is longer loses its end.
+    name : str
+        Of the split.
     """
 
-    def __init__(self, exercises: Sequence[Exercise], tokenizer: PreTrainedTokenizerBase, length: int) -> None:
-        self.exercises, self.tokenizer, self.length = exercises, tokenizer, length
+    def __init__(
+        self, exercises: Sequence[Exercise], tokenizer: PreTrainedTokenizerBase, length: int, name: str
+    ) -> None:
+        self.exercises, self.tokenizer, self.length, self.name = exercises, tokenizer, length, name
 
     def __len__(self) -> int:
         return len(self.exercises)
@@ -60,25 +63,17 @@ class Exercises(Dataset):
         }
 
 
-class Score(NamedTuple):
-    """Exercises solved, in percent: all of them, and by kind."""
-
-    all: float
-    kinds: dict[str, float]
-
-
-def score(exercises: Sequence[Exercise], texts: Sequence[str]) -> Score:
-    """Compare the answers that texts end in with those of the exercises."""
+def score(exercises: Sequence[Exercise], texts: Sequence[str]) -> dict[str, float]:
+    """Return, by kind, the share in percent of the exercises whose solution ends in the right answer."""
     hits: dict[str, list[bool]] = {}
     for exercise, text in zip(exercises, texts):
         hits.setdefault(exercise.kind, []).append(solves(text, exercise.answer))
-    share = {kind: 100 * sum(found) / len(found) for kind, found in hits.items()}
-    return Score(100 * sum(map(sum, hits.values())) / len(exercises), share)
+    return {kind: 100 * sum(found) / len(found) for kind, found in hits.items()}
 
 
 @torch.no_grad()
 def written(
-    model: nn.Module,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
@@ -87,17 +82,15 @@ def written(
     title: str,
 ) -> list[str]:
     """Let a model write solutions greedily, in batches padded on the left; several processes share the prompts."""
-    state = PartialState()
-    device = next(model.parameters()).device
-    generating = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    generating.eval()
+    state, device = processes(), next(model.parameters()).device
+    model.eval()
     texts: list[str] = []
     with state.split_between_processes(list(prompts)) as own:
         bar = tqdm(total=len(own), desc=title, unit=" answers", ncols=100, disable=not state.is_main_process)
         for start in range(0, len(own), batch_size):
             batch = tokenizer(own[start : start + batch_size], padding=True, padding_side="left", return_tensors="pt")
             inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-            tokens = generating.generate(
+            tokens = model.generate(
                 **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
             )
             texts += tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
