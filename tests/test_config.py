@@ -162,3 +162,10 @@ def test_unknown_fields_of_the_present_version_are_left_out_and_named(tmp_path):
         config = tucka.TuckAConfig.from_pretrained(tmp_path)
     assert config.r == 3 and not {"colour", "shape"} & config.to_dict().keys()
     assert len(warned) == 1 and warned[0].filename == __file__
+
+
+def test_whole_numbers_beyond_torchs_are_floats():
+    """A tensor times such a whole number would raise in the middle of a forward."""
+    config = tucka.TuckAConfig(alpha=10**30, lasso=2**63, perturb_scale=3)
+    assert (config.alpha, config.lasso) == (1e30, 2.0**63) and isinstance(config.alpha, float)
+    assert isinstance(config.perturb_scale, int)

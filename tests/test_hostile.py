@@ -148,6 +148,10 @@ REFUSED = {
     "integers": (
         lambda d: changed_tensor(d, "core", dtype="I32"), "core is of type I32, not F64 or F32 or F16 or BF16",
     ),
+    "a head in eight bits": (
+        lambda d: changed_tensor(d, "classifier.weight", dtype="F8_E5M2", data=b"\x7f" * 32),
+        "classifier.weight is of type F8_E5M2, not F64, F32,",
+    ),
     "a flag that is none": (lambda d: changed_tensor(d, "initialised", dtype="U8"), "is of type U8, not BOOL"),
     "a weight of the base model": (
         lambda d: with_tensor(d, "dense.weight", [16, 16]),

@@ -218,6 +218,10 @@ class TuckAConfig(PeftConfig):
         if self.from_published_code:
             self._read_published_fields(*published)
         validate(self)
+        for name in NUMBERS:
+            value = getattr(self, name)
+            if abs(value) > LONG:  # a tensor takes such a number as a float alone
+                setattr(self, name, float(value))
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
@@ -276,6 +280,13 @@ class TuckAConfig(PeftConfig):
         return config
 
 
+NUMBERS = ("alpha", "perturb_scale", "balance_rate", "temperature", "warm_start", "lasso")
+"""Fields that are numbers, whole or not."""
+
+LONG = 2**63 - 1
+"""The largest whole number of torch's."""
+
+
 def validate(config: TuckAConfig) -> None:
     """Raise `ValueError` for what can be rejected without a model."""
     check_fields(config)
@@ -284,7 +295,7 @@ def validate(config: TuckAConfig) -> None:
     for name, values in CHOICES.items():
         if not any(getattr(config, name) is value or _same_text(getattr(config, name), value) for value in values):
             raise ValueError(f"{name}={getattr(config, name)!r} is not one of {', '.join(map(repr, values))}")
-    for name in ("alpha", "perturb_scale", "balance_rate", "temperature", "warm_start", "lasso"):
+    for name in NUMBERS:
         value = getattr(config, name)
         # Compared, not converted: a whole number may be too large for a float.
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:

@@ -41,6 +41,9 @@ OWN_KEY = re.compile(r"\.tucka_(?:(?:experts|router)\.|(?:g|c|u|ec)$)")
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types of the tensors of an adapter, but for the router's flag."""
 
+TYPES = (*FLOATS, "BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
+"""Types of what stands beside them: trained heads and biases."""
+
 ROOM = 2**23
 """Numbers that an adapter may always hold, however small its model or file: 32 MiB."""
 
@@ -184,6 +187,8 @@ def _require_experts(path: Path, header: dict[str, Declared], config: TuckAConfi
 def _check_shapes(path: Path, header: dict[str, Declared], config: TuckAConfig) -> None:
     rank_of = rank_lookup(config)
     for key, (dtype, shape) in header.items():
+        if dtype not in TYPES:
+            raise ValueError(f"{path}: {key} is of type {dtype}, not {', '.join(TYPES[:-1])} or {TYPES[-1]}")
         if not is_own(key):
             continue
         part, rank = part_of(key), rank_of(layer_of(key))

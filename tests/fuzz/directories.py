@@ -57,8 +57,8 @@ class Directory(NamedTuple):
     def write(self, path: Path) -> None:
         """Write it into a new directory."""
         path.mkdir()
-        for name, content in self.files.items():
-            (path / name).write_bytes(content)
+        for name in self.files.keys() - self.special.keys():
+            (path / name).write_bytes(self.files[name])
         for name, (what, detail) in self.special.items():
             SPECIAL[what](path / name, detail)
 
