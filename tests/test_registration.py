@@ -29,11 +29,15 @@ def test_registration_is_complete_and_may_be_repeated():
 
 
 def test_importing_tucka_adds_no_plotting_or_learning_library_and_keeps_tensorlys_backend():
+    """One interpreter for all that is asked of imports: starting one takes seconds."""
     script = (
         "import sys, peft, tensorly; before = tensorly.get_backend(); known = set(sys.modules);"
         "import tucka; added = {name.partition('.')[0] for name in set(sys.modules) - known};"
         "assert not added & {'matplotlib', 'sklearn', 'pandas'}, added;"
-        "assert tensorly.get_backend() == before"
+        "assert tensorly.get_backend() == before;"
+        "assert not {'tucka.callbacks', 'transformers.trainer_callback'} & set(sys.modules);"
+        "import tucka.revival, tucka.balance, tucka.optim, tucka.callbacks;"
+        "assert 'sklearn' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 
