@@ -1,5 +1,6 @@
 """Tiny, randomly initialised models of the architectures the library is tested on, and their batches."""
 
+import sys
 import warnings
 
 import pytest
@@ -216,3 +217,10 @@ def _deterministic():
     backend = tl.get_backend()
     yield
     assert tl.get_backend() == backend, "the library left tensorly's backend changed"
+
+
+@pytest.fixture(autouse=True)
+def _figures_closed():
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")

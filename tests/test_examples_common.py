@@ -159,7 +159,6 @@ def test_the_figure_shows_every_method_at_its_place(tmp_path):
     drawn = {container.get_label(): container[0].get_xydata().tolist() for container in ax.containers}
     assert drawn == {"tucka": [[900.0, 90.0]], "lora": [[1000.0, 82.0]]}
     assert [line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == "--"] == [40.0]
-    plt.close("all")
     height, width = imread(figures.draw(table, tmp_path / "figure.png")).shape[:2]
     assert width > 800 and height > 500
 

@@ -19,12 +19,6 @@ from analysis.styles import MISSING, PALETTE, group_colors, style
 NO_VALUES = "no finite values"
 
 
-@pytest.fixture(autouse=True)
-def _closed():
-    yield
-    plt.close("all")
-
-
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)

@@ -12,12 +12,6 @@ from analysis import plots
 from analysis.styles import PALETTE, group_colors, style
 
 
-@pytest.fixture(autouse=True)
-def _closed():
-    yield
-    plt.close("all")
-
-
 def spectra_table(layers, size=6, modes=("input", "group")):
     rows = [
         (name, mode, index, 3.0 * (depth + 2.0) ** -(index - 1), 1.0)

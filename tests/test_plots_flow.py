@@ -16,12 +16,6 @@ from analysis import plots
 from analysis.styles import PALETTE, style
 
 
-@pytest.fixture(autouse=True)
-def _closed():
-    yield
-    plt.close("all")
-
-
 def bands(ax):
     return [patch for patch in ax.patches if isinstance(patch, PathPatch)]
 

@@ -231,4 +231,3 @@ def test_a_law_is_drawn_over_the_scores(rng):
         plots.fitted_law(table.assign(x=0))
     with pytest.raises(ValueError, match="low, high"):
         plots.fitted_law(table[["x", "score"]])
-    plt.close("all")

@@ -17,12 +17,6 @@ KINDS = ["paper", "notebook", "slides"]
 GOLDEN = (1 + 5**0.5) / 2
 
 
-@pytest.fixture(autouse=True)
-def _closed():
-    yield
-    plt.close("all")
-
-
 def lightness(color):
     """CIE L* of an sRGB colour."""
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in to_rgb(color)]

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from . import ops
+from .passes import add_product
 from .routing import Route
 
 if TYPE_CHECKING:
@@ -46,12 +48,10 @@ class Ready(NamedTuple):
         overwrite: bool,
     ) -> Tensor:  # (..., O)
         """Onto + x U M Vᵀ, in place if asked to."""
-        rows = onto.reshape(-1, onto.shape[-1])
-        projected = x.reshape(-1, x.shape[-1]) @ self.input_mode
+        rows = x.reshape(-1, x.shape[-1]) @ self.input_mode
         if self.mix is not None:
-            projected = torch.bmm(projected.view(len(self.mix), -1, self.mix.shape[-1]), self.mix).flatten(0, 1)
-        added = rows.addmm_ if overwrite else rows.addmm
-        return added(projected.to(rows.dtype), self.output_mode.to(rows.dtype)).view(onto.shape)
+            rows = torch.bmm(ops.by_unit(rows, len(self.mix)), self.mix).flatten(0, 1)
+        return add_product(onto, rows.to(onto.dtype), self.output_mode.to(onto.dtype), overwrite)
 
 
 def make_ready(
@@ -62,9 +62,9 @@ def make_ready(
     mix: Tensor,  # (N, R, R)
     output_mode: Tensor,  # (O, R)
 ) -> Ready | None:
-    """A layer's update for the tokens to come, if the prompt of a `generate` is being read and its route will last."""
+    """A layer's update for the tokens to come of a `generate`, if the route that it was made with will last."""
     scope = current.scope
-    if scope is None or current.memory is None or scope.warm is not None or scope.shared_input:
+    if scope is None or scope.warm is not None or scope.shared_input:
         return None
     route = scope.routes.get(adapter_names[0])
     if route is None or torch.is_grad_enabled() or torch.is_autocast_enabled(mix.device.type):

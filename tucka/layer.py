@@ -165,10 +165,9 @@ class TuckALayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if all(name in self.tucka_input_of for name in names):
             return self.base_layer(self._shared_input(x, names), *args, **kwargs)
-        if not torch.compiler.is_compiling():
-            current = self.dispatcher.current
-            ready = current.ready.get(self.name)
-            if ready is not None and ready.serves(names, x, current):
+        if self._decodes:
+            ready = self.dispatcher.current.ready.get(self.name)
+            if ready is not None and ready.serves(names, x, self.dispatcher.current):
                 return self._decoded(ready, x, *args, **kwargs)
         owned, dtype = passes.may_overwrite(self.base_layer), passes.product_dtype(x)
         with passes.without_autocast(x):
@@ -188,19 +187,17 @@ class TuckALayer(nn.Module, BaseTunerLayer):
                 input_mode, mix = passes.within_range(input_mode, mix)
             x, projected = passes.project(x, input_mode.to(x.device, dtype), owned)
             updates.append(Update(self.tucka_form[name], projected, mix.to(dtype), output_mode))
-            if len(names) == 1:
-                self._make_ready(names, input_mode, mix, output_mode, x)
+            if len(names) == 1 and name not in self.tucka_input_of and self._decodes:
+                current, form = self.dispatcher.current, self.tucka_form[name]
+                ready = make_ready(current, names, form, input_mode.to(x.device, x.dtype), mix, output_mode)
+                if ready is not None:
+                    current.ready[self.name] = ready
         return x, updates
 
-    def _make_ready(self, names: list[str], input_mode: Tensor, mix: Tensor, output_mode: Tensor, x: Tensor) -> None:
-        current = self.dispatcher.current
-        if current.memory is None or torch.compiler.is_compiling() or names[0] in self.tucka_input_of:
-            return
-        ready = make_ready(
-            current, names, self.tucka_form[names[0]], input_mode.to(x.device, x.dtype), mix, output_mode
-        )
-        if ready is not None:
-            current.ready[self.name] = ready
+    @property
+    def _decodes(self) -> bool:
+        """Whether `generate` runs, outside of a compiled graph."""
+        return not torch.compiler.is_compiling() and self.dispatcher.current.memory is not None
 
     def _decoded(self, ready: Ready, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer with an update that was made ready."""

@@ -98,10 +98,19 @@ def add_update(
 
 
 def _updated(onto: Tensor, projected: Tensor, mix: Tensor, output_factor: Tensor, overwrite: bool) -> Tensor:
-    mixed = _rows(torch.bmm(projected, mix))
+    return add_product(onto, _rows(torch.bmm(projected, mix)), output_factor.mT, overwrite)
+
+
+def add_product(
+    onto: Tensor,  # (..., O)
+    rows: Tensor,  # (rows of onto, R)
+    factor: Tensor,  # (R, O)
+    overwrite: bool,
+) -> Tensor:  # (..., O)
+    """One fused product and sum, outside of autograd; with `overwrite`, where `onto` lies."""
     if overwrite:  # a detached tensor shares the version counter: whoever kept `onto` for backward is told
-        return _rows(onto.detach()).addmm_(mixed, output_factor.mT).view(onto.shape)
-    return torch.addmm(_rows(onto), mixed, output_factor.mT).view(onto.shape)
+        return _rows(onto.detach()).addmm_(rows, factor).view(onto.shape)
+    return torch.addmm(_rows(onto), rows, factor).view(onto.shape)
 
 
 class _Project(Function):

@@ -35,7 +35,7 @@ PUBLISHED_KEYS = {
 
 FILE_PREFIX = "base_model.model."
 
-OWN_KEY = re.compile(r"\.tucka_(?:(?:experts|router)\.|(?:g|c|u|ec)$)")
+OWN_KEY = re.compile(rf"\.(?:tucka_experts\.|tucka_router\.|(?:{'|'.join(PUBLISHED_KEYS)})$)")
 """In the key of a tensor of experts or of a router, ours or the published code's."""
 
 FLOATS = ("F64", "F32", "F16", "BF16")
