@@ -11,6 +11,9 @@ from peft import PeftModel
 
 import tucka
 from tucka.export import merge, to_lora
+from tucka.export.factors import low_rank_updates
+from tucka.export.routes import fixed_routes
+from tucka.packing import keep_layout
 
 WIDTH = 64
 
@@ -54,6 +57,12 @@ def base(convert):
     return model
 
 
+def in_use(layer):
+    """The weight of a layer, whatever stores it: what the layer makes of the unit vectors."""
+    with torch.no_grad():
+        return layer(torch.eye(WIDTH)).mT
+
+
 @pytest.mark.filterwarnings("ignore:Merge lora module")
 @pytest.mark.parametrize("form", ["multiplicative", "additive"])
 @pytest.mark.parametrize(
@@ -70,7 +79,13 @@ def test_quantised_bases(convert, exact, rounding, form, tmp_path):
     with tucka.pin_route(model, route), torch.no_grad():
         expected = model(**batch).logits
     to_lora(model, tmp_path, route)
+    with tucka.pin_route(model, route), torch.no_grad():
+        assert torch.equal(model(**batch).logits, expected), "an export leaves the model as it is"
     lora = PeftModel.from_pretrained(base(convert), tmp_path).eval()
+    keep_layout(lora)  # a LoRA's 4-bit layers round activations in evaluations, on CPUs with AVX512-BF16
+    updates = low_rank_updates(model, "default", fixed_routes(model, "default", route, None))
+    names = [f"model.layers.0.self_attn.{name}" for name in ("q_proj", "v_proj")]
+    before = {name: in_use(model.get_base_model().get_submodule(name).base_layer) for name in names}
     kind = type(model.get_base_model().model.layers[0].self_attn.q_proj.base_layer)
     merged, report = merge(model, route)
     with torch.no_grad():
@@ -79,4 +94,11 @@ def test_quantised_bases(convert, exact, rounding, form, tmp_path):
         change = expected - base(convert)(**batch).logits
     assert float(change.norm() / expected.norm()) > 0.05
     assert type(merged.model.layers[0].self_attn.q_proj) is kind
-    assert all(0 < line.weight_error < 0.15 for line in report.layers)
+    assert [line.layer for line in report.layers] == names
+    for line in report.layers:
+        delta = updates[line.layer].b @ updates[line.layer].a
+        wanted = before[line.layer] + delta
+        error = (in_use(merged.get_submodule(line.layer)) - wanted).norm()
+        assert 0 < line.weight_error < 0.15
+        assert line.weight_error == pytest.approx(float(error / wanted.norm()), rel=0.02)
+        assert line.update_error == pytest.approx(float(error / delta.norm()), rel=0.02)

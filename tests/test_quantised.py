@@ -3,10 +3,11 @@
 import pytest
 import torch
 import transformers as tf
-from conftest import first_output, plain_config
+from conftest import first_output, plain_config, randomise
 from peft import PeftModel, prepare_model_for_kbit_training
 
 import tucka
+from tucka.packing import SWITCH, keep_layout
 
 VOCABULARY, WIDTH = 64, 64  # group sizes of 32 and 64 divide every width
 MODELS = dict(
@@ -51,6 +52,7 @@ def torchao_four_bits():
 
 LIBRARIES = dict(
     bnb4=lambda: bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+    bnb4_plain_scales=lambda: bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     bnb8=lambda: bitsandbytes(load_in_8bit=True),
     torchao8=lambda: torchao("Int8WeightOnlyConfig"),
     torchao4=torchao_four_bits,
@@ -70,6 +72,12 @@ def quantised(kind, directory, name="llama", **options):
             packed = hqq.HQQLinear(module, settings, compute_dtype=model.dtype, device="cpu")
             model.set_submodule(layer, packed)
     model.hqq_quantized = True  # PEFT's sign for it
+    return model
+
+
+def held(model):
+    """A base model that computes on every CPU what it computes once it is adapted (see `tucka.packing`)."""
+    keep_layout(model)
     return model
 
 
@@ -138,7 +146,7 @@ CASES = [
 def test_train_save_reload_generate(kind, name, form, routing, saved, tmp_path):
     data = batches(name)
     base = prepare_model_for_kbit_training(
-        quantised(kind, saved, name), gradient_checkpointing_kwargs={"use_reentrant": False}
+        held(quantised(kind, saved, name)), gradient_checkpointing_kwargs={"use_reentrant": False}
     )
     expected = logits(base.eval(), data[0])
     before = {key: value.clone() for key, value in weights(base).items() if isinstance(value, torch.Tensor)}
@@ -166,7 +174,7 @@ def test_a_quantised_checkpoint(kind, saved, tmp_path):
     """The base's own quantised files, in half the precision, with no preparation at all."""
     data, cls = batches(), MODELS["llama"][0]
     quantised(kind, saved, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
-    base = cls.from_pretrained(tmp_path / "base").eval()
+    base = held(cls.from_pretrained(tmp_path / "base")).eval()
     expected = logits(base, data[0])
     model = tucka.apply(base, tucka.TuckAConfig(**fields("additive")), calibration=data, progress=False).eval()
     assert torch.equal(logits(model, data[0]), expected) and expected.dtype == torch.bfloat16
@@ -194,7 +202,7 @@ def test_the_gradient_start_is_that_of_the_weights_it_stands_for(form, saved):
 @pytest.mark.parametrize("kind", ["bnb4", "torchao8"])
 def test_what_else_an_adapter_is_for(kind, saved):
     data = batches()
-    expected = logits(quantised(kind, saved), data[0])
+    expected = logits(held(quantised(kind, saved)), data[0])
     config = tucka.suggest_ranks(quantised(kind, saved), data, budget=5000, progress=False)
     model = tucka.apply(quantised(kind, saved), config, calibration=data, progress=False)
     train(model, data, steps=3)
@@ -206,6 +214,65 @@ def test_what_else_an_adapter_is_for(kind, saved):
     model.set_adapter("second")
     assert torch.equal(logits(model, data[0]), expected)
     assert torch.equal(logits(model.unload(), data[0]), expected)
+
+
+# --- a base that was evaluated, where evaluations repack its weights -------------------------------------------------
+
+
+def repack(model):
+    """As an evaluation on a CPU with AVX512-BF16 leaves 4-bit layers; returns the weights they then stand for."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, SWITCH)}
+    stands_for = {}
+    for name, layer in layers.items():
+        state = layer.weight.quant_state
+        weight = functional.dequantize_4bit(layer.weight.data, state)
+        scales = state.absmax
+        if state.nested:
+            scales = functional.dequantize_blockwise(scales, state.state2) + state.offset
+        blocks = weight.view(-1, state.blocksize) * (scales.bfloat16().float() / scales).unsqueeze(1)
+        stands_for[name] = blocks.view_as(weight)
+    if functional.has_avx512bf16():
+        logits(model.eval(), batches()[0])
+    else:
+        for layer in layers.values():
+            packed = functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+            layer.weight.data, layer.weight.quant_state = packed
+            setattr(layer, SWITCH, True)
+    assert layers and all(layer.weight.quant_state.packing_format_for_cpu for layer in layers.values())
+    return stands_for
+
+
+def gradients(model, batch):
+    model.train().zero_grad()
+    model(**batch).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("kind", ["bnb4", "bnb4_plain_scales"])
+@pytest.mark.parametrize("form", ["additive", "multiplicative"])
+def test_a_base_that_was_evaluated_trains_and_is_saved_as_its_dense_twin(kind, form, saved, tmp_path):
+    """What is repacked passes no gradient on, and comes back from `state_dict` as other numbers."""
+    base, dense, data = quantised(kind, saved), MODELS["llama"][0].from_pretrained(saved / "llama"), batches()
+    for name, weight in repack(base).items():
+        dense.get_submodule(name).weight.data.copy_(weight)
+    config = plain_config(**fields(form))
+    model, twin = (tucka.apply(each, config, calibration=data, progress=False) for each in (base, dense))
+    twin.load_state_dict({key: value for key, value in model.state_dict().items() if ".tucka_" in key}, strict=False)
+    for each in (model, twin):
+        randomise(each, 0.05)
+    expected = gradients(twin, data[0]), logits(twin.eval(), data[0])
+    for _ in range(2):  # evaluated and saved in between
+        found = gradients(model, data[0]), logits(model.eval(), data[0])
+        model.save_pretrained(tmp_path)
+        torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-5)
+        assert found[0].keys() == expected[0].keys()
+        for name, gradient in expected[0].items():
+            torch.testing.assert_close(
+                found[0][name], gradient, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            )
+    again = PeftModel.from_pretrained(held(quantised(kind, saved)), tmp_path).eval()
+    torch.testing.assert_close(logits(again, data[0]), expected[1], rtol=0, atol=0.02)
 
 
 def test_the_trainer_in_bfloat16(saved, tmp_path):

@@ -13,6 +13,7 @@ from .fitting import require_fitting_file, require_own_weights, require_room, re
 from .generation import keep_prompt_routes, release_prompt_routes
 from .lasso import add_penalty, remove_penalty
 from .layer import TuckALayer
+from .packing import keep_layout
 from .patterns import require_quick_matching
 from .plan import LayerPlan, plan_adapter
 from .state import adapted_names_in, modernise_targets, read_published_weights, require_whole_adapter
@@ -81,6 +82,7 @@ class TuckAModel(BaseTuner):
             )
         finally:
             del self._plans, self._injected_into
+        keep_layout(model)
         keep_prompt_routes(model, dispatchers_of)
         if config.lasso:
             add_penalty(model, layers_of)

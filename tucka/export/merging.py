@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -222,5 +223,5 @@ def _rounding(name: str, old: nn.Module, new: nn.Module, update: LowRank) -> Lay
 
 
 def _stored_type(layer: nn.Module) -> Optional[torch.dtype]:
-    weight = layer.state_dict().get("weight")
-    return None if weight is None else weight.dtype
+    held = dict(chain(layer.named_parameters(recurse=False), layer.named_buffers(recurse=False)))
+    return held["weight"].dtype if "weight" in held else None

@@ -8,21 +8,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 DENSE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types that a weight is computed with as it is stored."""
 
-DEQUANTISED = ("bitsandbytes", "hqq")
-"""Packages of quantised layers whose weight PEFT can dequantise."""
-
 
 def stored_weight(base_layer: nn.Module) -> Tensor | None:
     """The weight that a layer multiplies by, (O, D), in single precision at least; None if only its forward knows."""
     weight: Any
-    if type(base_layer).__module__.partition(".")[0] in DEQUANTISED:
+    package = type(base_layer).__module__.partition(".")[0]
+    if package == "bitsandbytes":  # of the layer, PEFT would put another weight in, which eight bits cannot be run with
+        weight = dequantize_bnb_weight(base_layer.weight, state=getattr(base_layer, "state", None))
+    elif package == "hqq":
         weight = dequantize_module_weight(base_layer)
     elif type(base_layer) in (nn.Linear, Conv1D):  # a class of its own may compute what it likes from its weight
         weight = base_layer.weight
