@@ -20,8 +20,9 @@ def stored_weight(base_layer: nn.Module) -> Tensor | None:
     """The weight that a layer multiplies by, (O, D), in single precision at least; None if only its forward knows."""
     weight: Any
     package = type(base_layer).__module__.partition(".")[0]
-    if package == "bitsandbytes":  # of the layer, PEFT would put another weight in, which eight bits cannot be run with
-        weight = dequantize_bnb_weight(base_layer.weight, state=getattr(base_layer, "state", None))
+    if package == "bitsandbytes":  # asked for the layer's, PEFT puts another weight in, which eight bits cannot run with
+        held: Any = base_layer.weight
+        weight = dequantize_bnb_weight(held, state=getattr(base_layer, "state", None))
     elif package == "hqq":
         weight = dequantize_module_weight(base_layer)
     elif type(base_layer) in (nn.Linear, Conv1D):  # a class of its own may compute what it likes from its weight
