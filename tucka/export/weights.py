@@ -20,7 +20,7 @@ def stored_weight(base_layer: nn.Module) -> Tensor | None:
     """The weight that a layer multiplies by, (O, D), in single precision at least; None if only its forward knows."""
     weight: Any
     package = type(base_layer).__module__.partition(".")[0]
-    if package == "bitsandbytes":  # asked for the layer's, PEFT puts another weight in, which eight bits cannot run with
+    if package == "bitsandbytes":  # PEFT, asked of the layer, exchanges its weight, and eight bits cannot run with that
         held: Any = base_layer.weight
         weight = dequantize_bnb_weight(held, state=getattr(base_layer, "state", None))
     elif package == "hqq":
