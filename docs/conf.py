@@ -33,6 +33,7 @@ exclude_patterns = ["_build", "gallery", "Thumbs.db", ".DS_Store"]
 templates_path = ["_templates"]
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_favicon = "_static/icon.svg"
 
 # --- pages -----------------------------------------------------------------------------------------------------------
 
@@ -46,6 +47,7 @@ suppress_warnings = ["config.cache"]  # the order of a gallery is a function, wh
 
 default_role = "py:obj"
 add_module_names = False
+toc_object_entries_show_parents = "hide"  # the list beside a page is narrow
 autodoc_typehints = "none"  # the docstrings say shapes as well
 autodoc_member_order = "bysource"
 autosummary_generate = True
@@ -83,8 +85,9 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 html_theme = "pydata_sphinx_theme"
 html_title = "tucka"
 html_show_sourcelink = False
+html_context = {"default_mode": "auto"}
 html_theme_options: dict[str, Any] = {
-    "logo": {"text": "tucka"},
+    "logo": {"text": "tucka", "image_light": "_static/icon.svg", "image_dark": "_static/icon.svg", "alt_text": ""},
     "navbar_align": "left",
     "header_links_before_dropdown": 8,
     "show_prev_next": True,
