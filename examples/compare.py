@@ -9,6 +9,7 @@ beside the page; the text around it stays.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from pathlib import Path
 
@@ -41,7 +42,8 @@ def markdown(table: pd.DataFrame) -> str:
         count = "" if len(seeds) == 1 else f" ({row.seeds})"
         error = f" ± {row.error:.1f}" if row.seeds > 1 else ""
         cells = (name_of(row), f"{row.parameters:,}", f"{row.score:.1f}{error}{count}", f"{row.learning_rate:g}")
-        lines.append("| " + " | ".join((*cells, f"{row.cpu_seconds:.0f} s")) + " |")
+        seconds = "" if math.isnan(row.cpu_seconds) else f"{row.cpu_seconds:.0f} s"
+        lines.append("| " + " | ".join((*cells, seconds)) + " |")
     return "\n".join(lines)
 
 

@@ -18,7 +18,8 @@ KEY = ("example", "dataset", "model", "method", "settings", "seed", "learning_ra
 MEASURED = (
     "adapter_parameters", "trainable_parameters", "metric", "score", "validation", "seconds", "cpu_seconds", "versions",
 )  # fmt: skip
-"""The columns of what came of it: scores are in percent, seconds those of calibration, training and scoring."""
+"""The columns of what came of it: scores are in percent, seconds those of calibration, training and scoring; none for a
+run that was interrupted."""
 
 NUMBERS_OF_KEY = {"seed": int, "learning_rate": float, "epochs": float, "train_rows": int}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import re
 import shutil
 import time
@@ -196,6 +197,7 @@ def run(args: argparse.Namespace, task: Task, method: str, key: Mapping[str, Any
     """Adapt, train, score, save, and write the row."""
     recipe, seed, directory = recipe_for(args, task, method), key["seed"], directory_of(args, key)
     started, started_cpu = time.perf_counter(), time.process_time()
+    begun_before = tucka.last_checkpoint(directory) is not None
     set_seed(seed)
     model = adapted(
         task.base().to(processes().device),
@@ -225,6 +227,8 @@ def run(args: argparse.Namespace, task: Task, method: str, key: Mapping[str, Any
     )
     scores = {"validation": task.score(trainer, task.validation), "score": task.score(trainer, task.test)}
     seconds = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - started_cpu}
+    if begun_before:  # what the part before the interruption took is not known
+        seconds = {}
     measured = {name: round(value, 4) for name, value in {**scores, **seconds}.items()}
     save(trainer, directory / "adapter")
     if processes().is_main_process:
@@ -278,5 +282,6 @@ def as_text(table: pd.DataFrame) -> str:
     lines = [f"{'method':<24}{'adapter parameters':>20}{table['metric'].iloc[0]:>28}{'seconds':>10}"]
     for row in table.itertuples():
         score = f"{row.score:.2f}" + (f" ± {row.error:.2f} (n = {row.seeds})" if row.seeds > 1 else "")
-        lines.append(f"{row.method:<24}{row.parameters:>20,}{score:>28}{row.seconds:>10.0f}")
+        seconds = "" if math.isnan(row.seconds) else f"{row.seconds:.0f}"
+        lines.append(f"{row.method:<24}{row.parameters:>20,}{score:>28}{seconds:>10}")
     return "\n".join(lines)
