@@ -51,7 +51,7 @@ def name_of(row) -> str:
     """A method and its size."""
     name = row.method.partition(":")[0]
     settings = results.read_settings(row.settings)
-    sizes = [key for key in ("r", "k", "t", "p", "oft_block_size") if settings.get(key)]
+    sizes = [key for key in ("r", "k", "t", "p", "oft_block_size", "boft_block_size") if settings.get(key)]
     return " ".join([name, *(f"{key}={settings[key]}" for key in sizes)])
 
 

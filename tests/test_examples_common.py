@@ -10,6 +10,7 @@ from matplotlib.image import imread
 
 import tucka
 from analysis import layer_shapes
+from tucka.targets import DEFAULT_TARGETS
 
 compare = example_data.load("compare")
 from common import docstrings, figures, results  # noqa: E402
@@ -71,6 +72,33 @@ def test_a_row_says_tuckas_settings_also_where_they_are_the_defaults():
     assert paper["routing"] == "batch" and paper["pool_padding"] is True and paper["perturb_scale"] == 10.0
 
 
+PUBLISHED = {  # model, r k t p, α, perturb, rate, schedule, warm-up, epochs, batch, weight decay, LoRA's r and α
+    "glue": ("microsoft/deberta-v3-base", (8, 2, 2, 2), 2, 10, 6e-3, "linear", 500, 5, 16, 0.01, (8, 2)),
+    "cifar100": ("google/vit-base-patch16-224-in21k", (2, 5, 2, 2), 1, 10, 4e-3, "linear", 20, 20, 32, 0, (2, 16)),
+    "food101": ("google/vit-base-patch16-224-in21k", (2, 5, 3, 2), 1, 10, 4e-3, "linear", 20, 20, 32, 0, (2, 16)),
+    "caltech256": ("google/vit-base-patch16-224-in21k", (2, 5, 2, 2), 1, 10, 4e-3, "linear", 20, 20, 32, 0, (2, 16)),
+    "metamath": ("meta-llama/Llama-2-7b-hf", (16, 4, 2, 2), 512, 20, 1e-3, "cosine", 0.03, 2, 32, 0, (32, 64)),
+}  # fmt: skip
+GLUE = ("cola", "mrpc", "qnli", "qqp", "rte", "sst2")
+
+
+def test_presets_are_the_published_numbers():
+    assert set(PRESETS) == {*PUBLISHED, *GLUE} - {"glue"}
+    for name, preset in PRESETS.items():
+        one, sizes = preset.recipe, tuple(preset.tucka[letter] for letter in "rktp")
+        how = (one.learning_rate, one.schedule, one.warmup, one.epochs, one.batch_size, one.weight_decay)
+        lora = preset.baselines["lora"]
+        scale = (preset.tucka["alpha"], preset.tucka["perturb_scale"])
+        found = (preset.model, sizes, *scale, *how, (lora["r"], lora["lora_alpha"]))
+        assert found == PUBLISHED["glue" if name in GLUE else name], name
+        assert preset.baselines["dora"] == lora and preset.baselines["vera"]["vera_dropout"] == 0.1
+        assert {preset.baselines[m][f"{m}_block_size"] for m in ("oft", "boft")} == {lora["r"]}
+        if name != "metamath":  # whose layers are fewer than the library's default
+            assert list(preset.targets) == DEFAULT_TARGETS["deberta-v2" if name in GLUE else "vit"]
+    assert (PRESETS["rte"].length, PRESETS["rte"].recipe.evaluate_every, PRESETS["metamath"].length) == (512, 500, 512)
+    assert PRESETS["metamath"].bf16 and PRESETS["metamath"].targets == ("q_proj", "v_proj")
+
+
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
@@ -123,8 +151,10 @@ def test_averages_are_over_seeds_alone(tmp_path):
     results.append(path, row_of("lora", score=10.0, example="another"))
     results.append(path, {name: value for name, value in row_of("dora", score=60.0).items() if "seconds" not in name})
     best, lora, dora = results.table(path, "some").itertuples()
-    assert dora.score == 60.0 and np.isnan(dora.seconds) and "| dora r=3 | 1,000 | 60.0 (1) | 0.004 |  |" in (
-        compare.markdown(results.table(path, "some"))
+    assert (
+        dora.score == 60.0
+        and np.isnan(dora.seconds)
+        and "| dora r=3 | 1,000 | 60.0 (1) | 0.004 |  |" in (compare.markdown(results.table(path, "some")))
     )
     assert (best.method, best.score, best.seeds) == ("tucka", 90.0, 1) and np.isnan(best.error)
     assert (lora.score, lora.seeds) == (73.0, 3)

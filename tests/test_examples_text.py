@@ -8,7 +8,7 @@ from conftest import assert_same_tensors
 from peft import PeftModel, load_peft_weights
 
 text = example_data.load("text_classification")
-from common import figures, hub, minilm, results, training  # noqa: E402
+from common import figures, hub, minilm, results, study, training  # noqa: E402
 from common.methods import METHODS  # noqa: E402
 
 
@@ -139,6 +139,7 @@ def test_the_papers_preset_is_the_papers(glue, tmp_path):
     assert {len(row["input_ids"]) for row in task.train} == {512}
     assert (task.recipe.epochs, task.recipe.batch_size, task.recipe.warmup) == (5, 16, 500)
     assert task.fields["tucka-paper"]["pool_padding"] and task.fields["lora"] == {"r": 8, "lora_alpha": 2}
+    assert study.recipe_for(args, task, "lora").learning_rate == 5e-4 < METHODS["lora"].learning_rate
     assert text.compare.__module__ == "common.study" and task.rates["tucka-paper"] == 6e-3
 
 

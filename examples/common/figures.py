@@ -18,7 +18,7 @@ OWN = ("tucka", "tucka-paper", "tucka-core")
 
 MARKERS = {
     "tucka": "o", "tucka-paper": "s", "tucka-core": "D", "lora": "^", "rslora": ">", "dora": "v", "vera": "P",
-    "hra": "X", "oft": "*", "full": "h",
+    "hra": "X", "oft": "*", "boft": "p", "full": "h",
 }  # fmt: skip
 
 COLORS = dict(zip(("tucka", "tucka-paper", "lora", "dora", "vera", "full", "tucka-core", "rslora"), group_colors(8)))

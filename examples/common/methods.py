@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import peft
-from peft import HRAConfig, LoraConfig, OFTConfig, PeftConfig, VeraConfig
+from peft import BOFTConfig, HRAConfig, LoraConfig, OFTConfig, PeftConfig, VeraConfig
 from torch import nn
 
 import tucka
@@ -102,6 +102,7 @@ METHODS: dict[str, Method] = {
         sizes=lambda: (2**n for n in itertools.count(1)),
         counted="oft",
     ),
+    "boft": Method("rotations of the input, in blocks of one butterfly", 2e-3, BOFTConfig, {"boft_block_size": 4}),
 }
 """All methods by name."""
 

@@ -52,7 +52,7 @@ def parser_of(doc: str, example: str, datasets: Sequence[str] = ("offline",)) ->
     add("--bf16", action="store_true", help="compute in bfloat16")
     add("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     sizes = parser.add_argument_group(
-        "sizes of TuckA", "PEFT's methods are sized to train at least as many parameters."
+        "sizes of TuckA", "PEFT's methods, but VeRA and BOFT, are sized to train at least as many parameters."
     )
     for name in SIZES:
         kind = float if name == "alpha" else int
@@ -84,6 +84,7 @@ def begin(args: argparse.Namespace) -> argparse.Namespace:
     transformers.utils.logging.disable_progress_bar()
     hub.disable_progress_bars()
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT still reads it
+    warnings.filterwarnings("ignore", message="Failed to load the CUDA extension|Setting boft_n_butterfly_factor")
     args.output.mkdir(parents=True, exist_ok=True)
     return args
 

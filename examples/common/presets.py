@@ -56,6 +56,7 @@ def _baselines(r: int, lora_alpha: float) -> dict[str, dict[str, Any]]:
         "vera": {"r": r, "vera_dropout": 0.1},
         "hra": {"r": r},
         "oft": {"oft_block_size": r},
+        "boft": {"boft_block_size": r},
     }
 
 
