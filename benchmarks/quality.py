@@ -62,7 +62,6 @@ class Plan(NamedTuple):
 
 def perform(job: Job, common: Common) -> dict[str, Any]:
     """Do a run and write its row, or find the row; an error becomes a row with its message."""
-    torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     row: dict[str, Any] = {**job._asdict(), "settings": None, "epochs": common.epochs, "train_rows": None}
@@ -88,6 +87,7 @@ def study(task: str, arm: str, plan: Plan, common: Common) -> int:
 
     First those that choose its learning rate, then those that score it.
     """
+    torch.set_num_threads(1)  # pretraining included
     failed = 0
     for job in jobs_of(task, arm, plan, common):
         row = perform(job, common)

@@ -35,7 +35,7 @@ EXAMPLE = "math_reasoning"
 NEW_TOKENS = 512
 """Tokens of a solution of GSM8K or MATH."""
 
-OFFLINE = Recipe(1.6e-2, epochs=10, batch_size=32)
+OFFLINE = Recipe(8e-3, epochs=10, batch_size=32)
 
 RATES = {
     "offline": {"full": 1e-3},

@@ -232,7 +232,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--epochs", type=int, default=10, help="passes over the shifted domains, for both methods")
     add("--pretrain-epochs", type=int, default=30, help="passes over the upright digits")
-    add("--learning-rate", type=float, default=1.6e-2, help="peak learning rate of TuckA")
+    add("--learning-rate", type=float, default=8e-3, help="peak learning rate of TuckA")
     add("--lora-learning-rate", type=float, default=8e-3, help="peak learning rate of LoRA")
     add("--batch-size", type=int, default=64, help="images in a training batch")
     add("--samples", type=int, default=1797, help="how many of the 1,797 digits to use")

@@ -82,8 +82,8 @@ class TuckAConfig(PeftConfig):
     normalize : {False, True, "bounded"}
         True: divide cores, expert factor and D-mode factors by their Frobenius norms, as the paper does. "bounded":
         U acts as U √R / ‖U‖ (V and C alike), so that one with orthonormal columns acts as it is, and a core 𝒢 as
-        𝒢 / √(1 + ‖𝒢‖²/R), which is 𝒢 near zero: the identity start is kept, and no learning rate can make an update
-        larger than a fixed multiple of α.
+        3𝒢 / √(1 + ‖3𝒢‖²/R), which is 3𝒢 near zero: the identity start is kept, and no learning rate can make an
+        update larger than a fixed multiple of α. One learning rate suits adapter and head.
     form : {"multiplicative", "additive"}
         Update the layer's input, x' = x + α U Mᵀ Uᵀ x, or add to its output, y = W x + α V Mᵀ Uᵀ x.
     tie_factors : bool

@@ -19,6 +19,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+CORE_GAIN = 3.0
+"""How many times larger than its parameters a "bounded" core near zero acts: its speed under an optimiser that moves
+every entry by its learning rate (Adam), beside that of factors (`tensors.FACTOR_ENTRY`) and of a head."""
+
 
 def safe_norm(
     x: Tensor,
@@ -53,7 +57,18 @@ def scale_core(
         return core
     if normalize is True:
         return core / safe_norm(core, dim=dim, keepdim=True)
+    core = CORE_GAIN * core
     return core * (1 + core.square().sum(dim, keepdim=True) / core.shape[-1]).rsqrt()
+
+
+def unscale_core(
+    core: Tensor,  # (..., P, R, R) or (..., R, R), of norm below √R
+    dim: tuple[int, ...],
+    least_room: float = 0.0,
+) -> Tensor:
+    """The "bounded" core that acts as this one; one of smaller norm where 1 − ‖𝒢‖²/R is below `least_room`."""
+    room = 1 - core.square().sum(dim, keepdim=True) / core.shape[-1]
+    return core * (room.clamp_min(least_room).rsqrt() / CORE_GAIN)
 
 
 def mix_experts(

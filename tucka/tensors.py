@@ -20,7 +20,7 @@ from ._tltorch import TuckerTensor
 from .hosvd import hosvd
 from .mixing import acting_cores, mix_layers, shared_slices
 
-FACTOR_ENTRY = 0.25
+FACTOR_ENTRY = 1 / 32
 """Root mean square of the entries of a bounded factor at its start: how fast an optimiser that moves every entry by its
 learning rate (Adam) turns the factor, whatever the width."""
 
@@ -215,7 +215,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
 
     def kaiming_(self) -> ExpertTensor:
         """The paper's start: all core slices one Kaiming-uniform(a=√5) matrix, factors the same with fan_out."""
-        start = nn.init.kaiming_uniform_(torch.empty_like(self.core[0, 0]), a=5**0.5)
+        start = nn.init.kaiming_uniform_(torch.empty_like(self.core[0, 0]), a=5**0.5) / self._core_gain
         with torch.no_grad():
             self.core.copy_(start.expand_as(self.core))
             if self.shared_core is not None:
@@ -232,6 +232,10 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         terms = self.rank[1] * self.rank[2] * self.rank[3]
         for parameter in parameters:
             nn.init.normal_(parameter, std=(std / terms**0.5) ** 0.25)
+        with torch.no_grad():
+            for core in (self.core, self.shared_core):
+                if core is not None:
+                    core.div_(self._core_gain)
         return self._rescale_factors_()
 
     def __getitem__(self, indices: Any) -> Tensor:
@@ -270,8 +274,10 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         weights = (self.lasso_expert, self.lasso_input, self.lasso_output)
         return [weight for weight in weights if weight is not None]
 
+    @property
+    def _core_gain(self) -> float:
+        return ops.CORE_GAIN if self.normalize == "bounded" else 1.0
+
     def _unscaled(self, core: Tensor, dim: tuple[int, ...]) -> Tensor:
-        """The core that acts as this one; with "bounded", one whose norm is below √R."""
-        if self.normalize != "bounded":
-            return core
-        return core * (1 - core.square().sum(dim, keepdim=True) / core.shape[-1]).clamp_min(1e-2).rsqrt()
+        """The core that acts as this one."""
+        return ops.unscale_core(core, dim, least_room=1e-2) if self.normalize == "bounded" else core

@@ -16,6 +16,7 @@ import tensorly as tl
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..mixing import weigh_cores, weigh_slices
 from ..model import layers_of
 from ..processes import is_distributed
@@ -149,8 +150,8 @@ def write_experts(
     experts.normalize = normalize
     core, shared = parts.core.double(), parts.shared_core
     if normalize == "bounded":
-        core = core * (1 - core.square().sum((1, 2, 3), keepdim=True) / core.shape[-1]).rsqrt()
-        shared = None if shared is None else shared * (1 - shared.square().sum() / shared.shape[-1]).rsqrt()
+        core = ops.unscale_core(core, (1, 2, 3))
+        shared = None if shared is None else ops.unscale_core(shared, (0, 1))
     new = dict(parts._asdict(), core=core, shared_core=shared)
     for name, held in own.items():
         if new[name] is not None:
@@ -189,7 +190,7 @@ def _scales(experts: ExpertTensor) -> dict[str, Tensor]:
             if experts.normalize is True:
                 ones = ones * torch.where(factor > 0, factor.rsqrt(), torch.ones_like(factor))
             elif experts.normalize:
-                ones = ones * (1 + factor / held.shape[-1]).rsqrt()
+                ones = ones * ops.CORE_GAIN * (1 + ops.CORE_GAIN**2 * factor / held.shape[-1]).rsqrt()
             weigh = weigh_cores if name == "core" else weigh_slices
             found[name] = weigh([experts], ones.unsqueeze(0))[0]
         else:
