@@ -27,6 +27,7 @@ class Ready(NamedTuple):
     input_mode: Tensor  # (D, R)
     mix: Tensor | None  # (N, R, R); None: one for all rows
     output_mode: Tensor  # (R, O)
+    overwrite: bool  # whether what it adds to may be written to
 
     def serves(self, adapter_names: list[str], x: Tensor, current: Current) -> bool:
         """Whether this is what the layer would compute: the adapter, route, precision and samples are the same."""
@@ -45,13 +46,12 @@ class Ready(NamedTuple):
         self,
         onto: Tensor,  # (..., O)
         x: Tensor,  # (..., D)
-        overwrite: bool,
     ) -> Tensor:  # (..., O)
-        """Onto + x U M Vᵀ, in place if asked to."""
+        """Onto + x U M Vᵀ, in place where it may be."""
         rows = x.reshape(-1, x.shape[-1]) @ self.input_mode
         if self.mix is not None:
             rows = torch.bmm(ops.by_unit(rows, len(self.mix)), self.mix).flatten(0, 1)
-        return add_product(onto, rows.to(onto.dtype), self.output_mode.to(onto.dtype), overwrite)
+        return add_product(onto, rows.to(onto.dtype), self.output_mode.to(onto.dtype), self.overwrite)
 
 
 def make_ready(
@@ -61,6 +61,7 @@ def make_ready(
     input_mode: Tensor,  # (D, R), in the precision of the product
     mix: Tensor,  # (N, R, R)
     output_mode: Tensor,  # (O, R)
+    overwrite: bool,
 ) -> Ready | None:
     """A layer's update for the tokens to come of a `generate`, if the route that it was made with will last."""
     scope = current.scope
@@ -72,5 +73,6 @@ def make_ready(
     dtype, output_RO = input_mode.dtype, output_mode.mT.to(mix.device)
     input_mode = input_mode.mT.contiguous().mT  # a few rows are multiplied fastest with columns that lie together
     if len(mix) == 1:
-        return Ready(adapter_names, route, form, input_mode, None, (mix[0] @ output_RO).to(dtype))
-    return Ready(adapter_names, route, form, input_mode, mix.to(dtype), output_RO.to(dtype).contiguous())
+        mixed_RO = (mix[0] @ output_RO).to(dtype)
+        return Ready(adapter_names, route, form, input_mode, None, mixed_RO, overwrite)
+    return Ready(adapter_names, route, form, input_mode, mix.to(dtype), output_RO.to(dtype).contiguous(), overwrite)

@@ -163,12 +163,12 @@ class TuckALayer(nn.Module, BaseTunerLayer):
         names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.tucka_form]
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        if all(name in self.tucka_input_of for name in names):
-            return self.base_layer(self._shared_input(x, names), *args, **kwargs)
         if self._decodes:
             ready = self.dispatcher.current.ready.get(self.name)
             if ready is not None and ready.serves(names, x, self.dispatcher.current):
                 return self._decoded(ready, x, *args, **kwargs)
+        if all(name in self.tucka_input_of for name in names):
+            return self.base_layer(self._shared_input(x, names), *args, **kwargs)
         owned, dtype = passes.may_overwrite(self.base_layer), passes.product_dtype(x)
         with passes.without_autocast(x):
             x, updates = self._updates(x, names, dtype, owned)
@@ -189,7 +189,8 @@ class TuckALayer(nn.Module, BaseTunerLayer):
             updates.append(Update(self.tucka_form[name], projected, mix.to(dtype), output_mode))
             if len(names) == 1 and name not in self.tucka_input_of and self._decodes:
                 current, form = self.dispatcher.current, self.tucka_form[name]
-                ready = make_ready(current, names, form, input_mode.to(x.device, x.dtype), mix, output_mode)
+                overwrite = owned and form == "additive"
+                ready = make_ready(current, names, form, input_mode.to(x.device, x.dtype), mix, output_mode, overwrite)
                 if ready is not None:
                     current.ready[self.name] = ready
         return x, updates
@@ -202,9 +203,8 @@ class TuckALayer(nn.Module, BaseTunerLayer):
     def _decoded(self, ready: Ready, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer with an update that was made ready."""
         if ready.form == "multiplicative":
-            return self.base_layer(ready.add(x, x, overwrite=False), *args, **kwargs)
-        y = self.base_layer(x, *args, **kwargs)
-        return ready.add(y, x, overwrite=passes.may_overwrite(self.base_layer))
+            return self.base_layer(ready.add(x, x), *args, **kwargs)
+        return ready.add(self.base_layer(x, *args, **kwargs), x)
 
     def _shared_input(self, x: Tensor, names: list[str]) -> Tensor:
         """x', computed by whichever of the layers that read one tensor runs first."""
