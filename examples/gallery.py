@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> Path:
     # With a fixed salt and no date, equal numbers give equal files.
     with style("notebook"), rc_context({"svg.hashsalt": "gallery"}):
         for name, figure in tqdm(FIGURES.items(), desc="gallery", unit=" figures"):
-            draw(name, inputs).figure.savefig(images / f"{name}.svg", metadata={"Date": None})
+            # Heat maps keep their shape, and would leave white above and below themselves.
+            draw(name, inputs).figure.savefig(images / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
             parts.append(f"## {figure.title}\n\n{figure.caption}\n\n![{figure.title}](images/gallery/{name}.svg)\n")
     page = args.output / "gallery.md"
     page.write_text("\n".join(parts))
