@@ -7,11 +7,13 @@
 3. The figure: the scores with their laws, and the parameters that all experts together train, beside those of as many
    LoRAs of the same rank.
 
+Other methods (--method) have no experts: beside every number of them they train at least as many parameters.
+
     python examples/expert_scaling.py                                  # digits: under five minutes on two cores
     python examples/expert_scaling.py --k 1 2 4 8 16 32 --t 1 2 4 --seed 0 1 2 3 4 --jobs -1
-    python examples/expert_scaling.py --dataset arithmetic --output out/scaling-arithmetic
+    python examples/expert_scaling.py --method tucka lora --dataset arithmetic --output out/scaling-arithmetic
 
-There is no --method: what is varied is TuckA's own. The datasets are the offline ones of the other examples, cut short
+The datasets are the offline ones of the other examples, cut short
 so that a run takes seconds: scores are those of a short training.
 """
 
@@ -27,6 +29,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 from common import results, study
+from common.methods import method_of
 from common.options import begin, read
 from common.short import cut, short_parser, task_of
 
@@ -43,24 +46,40 @@ def run(settings: dict[str, Any], seed: int, args: argparse.Namespace) -> dict[s
     """Adapt, score and save one model, as a run of the sweep; its row goes into the common table as well."""
     args = begin(argparse.Namespace(**{**vars(args), **settings}))
     task = task_of(args, seed)
-    key = study.key_of(EXAMPLE, args, task, study.shapes_of(task), "tucka", seed)
+    key = study.key_of(EXAMPLE, args, task, study.shapes_of(task), settings["method"], seed)
     if results.found(args.results, key) is None:
         with redirect_stderr(io.StringIO()):  # the sweep has a bar of its own, which those of its runs would break
-            study.run(args, task, "tucka", key)
+            study.run(args, task, settings["method"], key)
     row = results.found(args.results, key)
     sizes = {"experts": settings["k"] * settings["t"], "parameters": int(row["adapter_parameters"])}
     return {**sizes, **{name: float(row[name]) for name in ("score", "validation", "cpu_seconds")}}
 
 
 def grid_of(args: argparse.Namespace) -> list[dict[str, list[Any]]]:
-    """Every K with every T, all else being equal; P = T, so that the experts of a group are independent."""
+    """Every K with every T, all else being equal; P = T, so that the experts of a group are independent.
+
+    Methods without experts are as large as TuckA with the first T.
+    """
     held = {name: [getattr(args, name)] for name in FIXED}
-    return [{**held, "k": args.k, "t": [t], "p": [t]} for t in args.t]
+    grids = []
+    for method in args.method:
+        ts = args.t if method_of(method)[0].is_tucka else args.t[:1]
+        grids += [{**held, "method": [method], "k": args.k, "t": [t], "p": [t]} for t in ts]
+    return grids
+
+
+def named(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs, and the series that each is in: TuckA's T, or a method."""
+    names = []
+    for method, t in zip(runs["method"], runs["t"]):
+        parts = ([] if method == "tucka" else [method]) + ([f"t={t}"] if method_of(method)[0].is_tucka else [])
+        names.append(", ".join(parts))
+    return runs.assign(series=names)
 
 
 def fitted(runs: pd.DataFrame) -> dict[str, PowerLaw]:
-    """Fit the scores of every T against K·T, and print the laws."""
-    laws, refused = analysis.fit_laws(runs.assign(series="t=" + runs["t"].astype(str)), "experts", by="series")
+    """Fit the scores of TuckA with every T against K·T, and print the laws."""
+    laws, refused = analysis.fit_laws(runs[runs["method"] == "tucka"], "experts", by="series")
     print("\nscore = 100 − a · (K·T)^(−b) − c")
     for name, law in laws.items():
         low, high = law.intervals()["b"]
@@ -73,9 +92,12 @@ def fitted(runs: pd.DataFrame) -> dict[str, PowerLaw]:
 def parameters_of(runs: pd.DataFrame, args: argparse.Namespace) -> pd.DataFrame:
     """Tabulate the parameters of all Tucker experts, and of a LoRA of their rank for every expert."""
     lora = analysis.count(study.shapes_of(task_of(args, args.seed[0])), "lora", r=args.r).total
-    sizes = runs.drop_duplicates(["t", "experts"])
+    sizes = runs.drop_duplicates(["series", "experts"])
     lines = [
-        (f"TuckA, t={t}", experts, own) for t, experts, own in zip(sizes["t"], sizes["experts"], sizes["parameters"])
+        (f"TuckA, {series}" if method == "tucka" else series, experts, own)
+        for method, series, experts, own in zip(
+            *(sizes[name] for name in ("method", "series", "experts", "parameters"))
+        )
     ]
     lines += [(f"a LoRA of rank {args.r} per expert", experts, experts * lora) for experts in set(sizes["experts"])]
     return pd.DataFrame(lines, columns=["method", "x", "parameters"])
@@ -85,7 +107,8 @@ def draw(runs: pd.DataFrame, laws: dict[str, PowerLaw], parameters: pd.DataFrame
     """Draw the scores with their laws (left) and the parameters (right)."""
     with analysis.style("notebook", width="slide"):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-        analysis.plots.expert_scaling(analysis.expert_counts(runs, series="t"), ax=left)
+        counts = [analysis.expert_counts(part).assign(series=name) for name, part in runs.groupby("series", sort=False)]
+        analysis.plots.expert_scaling(pd.concat(counts), ax=left)
         if laws:
             # Laws take the colours of the curves by their order.
             tables = [law.table().assign(series=name) for name, law in laws.items()]
@@ -114,8 +137,10 @@ def main(argv: list[str] | None = None) -> pd.DataFrame:
     table, picture = args.output / "runs.csv", args.output / "scaling.png"
     task_of(args, args.seed[0])  # what is made once, is made before several want it
     runs = analysis.sweep(partial(run, args=args), grid_of(args), args.seed, out=table, n_jobs=args.jobs)
-    runs = runs[runs["score"].notna()]
-    means = runs.groupby(["t", "k"])[["parameters", "score"]].agg({"parameters": "first", "score": ["mean", "sem"]})
+    runs = named(runs[runs["score"].notna()])
+    means = runs.groupby(["series", "k"])[["parameters", "score"]].agg(
+        {"parameters": "first", "score": ["mean", "sem"]}
+    )
     print(f"\n{means.round(2).to_string()}")
     draw(runs, fitted(runs), parameters_of(runs, args), picture)
     print(f"\nruns:     {table}\nresults:  {args.results}\nfigure:   {picture}\nadapters: {args.output}/*/adapter")

@@ -5,26 +5,29 @@
 2. For several budgets, one rank for all layers beside the ranks `tucka.suggest_ranks` finds for as many parameters.
 3. The largest of these adapters, truncated to the smaller budgets (`tucka.truncate`): scored as it is, and after one
    more epoch at a quarter of the learning rate.
-4. The figure: the spectra with suggested ranks, and score against parameters.
+4. The figure: the spectra with suggested ranks, and score against parameters; beside them other methods (--method) that
+   train at least as many.
 
     python examples/rank_selection.py                                   # digits: minutes on one core
-    python examples/rank_selection.py --ranks 2 4 8 16 --dataset docstrings --seed 0 1 2
+    python examples/rank_selection.py --method tucka lora --ranks 2 4 8 16 --dataset docstrings --seed 0 1 2
 
-There is no --method: what is varied is TuckA's own. The datasets are the offline ones of the other examples, cut short
+The datasets are the offline ones of the other examples, cut short
 so that a run takes seconds: scores are those of a short training. Runs that are in the table are not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from common import results, study
+from common.methods import METHODS
 from common.options import read
 from common.short import cut, short_parser, task_of
 from common.study import Task
@@ -87,6 +90,18 @@ def truncated(
     return results.found(args.results, key)
 
 
+def others(args: argparse.Namespace, task: Task, seed: int, rank: int) -> Iterator[tuple[str, dict[str, str]]]:
+    """Adapt with the other methods as many parameters as with one rank, unless that is in the table; names and rows."""
+    ours = [name for name, method in METHODS.items() if method.is_tucka]
+    task = replace(task, fields={**task.fields, **{name: {**task.fields.get(name, {}), "r": rank} for name in ours}})
+    for method in args.method:
+        if method != "tucka":
+            key = study.key_of(EXAMPLE, args, task, study.shapes_of(task), method, seed)
+            if results.found(args.results, key) is None:
+                study.run(args, task, method, key)
+            yield method, results.found(args.results, key)
+
+
 def compared(args: argparse.Namespace, task: Task, seed: int) -> tuple[list[dict[str, Any]], Spectra, dict[str, int]]:
     """Do the runs of a seed; returns their scores, the spectra, and the ranks suggested for the largest budget."""
     base, shapes = task.base(), study.shapes_of(task)
@@ -105,6 +120,8 @@ def compared(args: argparse.Namespace, task: Task, seed: int) -> tuple[list[dict
         note(UNIFORM, budgets[-1], whole)
         suggested = tucka.suggest_ranks(base, batches, budget=budgets[-1], config=config_of(args, task))
         note(SUGGESTED, budgets[-1], trained(args, task, seed, {"rank_pattern": suggested.rank_pattern}))
+        for method, row in others(args, task, seed, rank):
+            note(method, budgets[-1], row)
     for budget in budgets[:-1]:
         note(TRUNCATED, budget, truncated(args, task, whole, budget, further=0.0))
         note(RECOVERED, budget, truncated(args, task, whole, budget, further=1.0))
@@ -124,7 +141,8 @@ def table_of(spectra: Spectra) -> pd.DataFrame:
 
 def draw_scores(ax: Axes, means: pd.DataFrame) -> None:
     """Draw score against parameters, a line for each way to choose."""
-    looks = dict(zip((UNIFORM, SUGGESTED, TRUNCATED, RECOVERED), zip(PALETTE, "os^v")))
+    ways = dict.fromkeys((UNIFORM, SUGGESTED, TRUNCATED, RECOVERED, *means["ranks"]))
+    looks = dict(zip(ways, zip(cycle(PALETTE), cycle("os^vDPX*"))))
     for how, (color, marker) in looks.items():
         rows = means[means["ranks"] == how].sort_values("parameters")
         ax.errorbar(
@@ -138,7 +156,7 @@ def draw_scores(ax: Axes, means: pd.DataFrame) -> None:
     ax.set(xlabel="parameters of the adapter, the head not counted", ylabel="score (%)", title="score against size")
     if seeds > 1:
         ax.set_ylabel(f"score (%), mean ± s.e. of {seeds} seeds")
-    ax.legend(title="ranks")
+    ax.legend(title="ranks, or method")
 
 
 def draw(spectra: Spectra, ranks: Mapping[str, int], means: pd.DataFrame, path: Path) -> None:

@@ -18,9 +18,10 @@ CUT = {"digits": (600, 4.0), "docstrings": (1000, 2.0), "arithmetic": (800, 3.0)
 
 
 def short_parser(doc: str, example: str, *varied: str) -> argparse.ArgumentParser:
-    """Make the parser of an example that varies settings of TuckA, see `options.parser_of`; options it has not."""
+    """Make the parser of an example that varies settings of TuckA, see `options.parser_of`; some options it refuses."""
     parser = parser_of(doc, example, datasets=list(SOURCES))
-    for option in ("--method", "--preset", *varied):
+    parser.set_defaults(method=["tucka"])
+    for option in ("--preset", *varied):
         parser.add_argument(option, nargs="*", action=_Refused, help=argparse.SUPPRESS)
     parser.epilog = "By default a run is short: " + "; ".join(
         f"{name}, {rows} {'images' if name == 'digits' else 'rows'} and {epochs:g} epochs"
