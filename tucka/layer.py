@@ -184,7 +184,7 @@ class TuckALayer(nn.Module, BaseTunerLayer):
         for name in names:
             mix, (input_mode, output_mode) = self._mix(name, source), self.modes(name)
             if dtype == torch.float16:
-                input_mode, mix = passes.within_range(input_mode, mix)
+                input_mode, mix, output_mode = passes.within_range(input_mode, mix, output_mode)
             x, projected = passes.project(x, input_mode.to(x.device, dtype), owned)
             updates.append(Update(self.tucka_form[name], projected, mix.to(dtype), output_mode))
             if len(names) == 1 and name not in self.tucka_input_of and self._decodes:

@@ -58,15 +58,17 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
 def within_range(
     input_mode: Tensor,  # (D, R)
     mix: Tensor,  # (N, R, R)
-) -> tuple[Tensor, Tensor]:  # (D, R), (N, R, R)
-    """U / c and c M, whose product with x is the same: c is the largest column sum of |U|.
+    output_mode: Tensor,  # (O, R)
+) -> tuple[Tensor, Tensor, Tensor]:  # (D, R), (N, R, R), (O, R)
+    """U / c, c v M and V / v, whose update is the same: c is the largest column sum of |U|, v the largest entry of |V|.
 
-    No entry of x U / c exceeds the largest of x. Those of x U do: they can leave the range of half precision where
-    neither W x nor the update does.
+    No entry of x U / c exceeds the largest of x, and those of (x U) v M are of the update's own size. Those of x U and
+    of x U M need not be: they can leave the range of half precision where neither W x nor the update does.
     """
-    size = input_mode.detach().abs().sum(0).amax()
-    size = torch.where(size > 0, size, torch.ones_like(size))
-    return input_mode / size, mix * size
+    ones = torch.ones((), device=input_mode.device, dtype=input_mode.dtype)
+    c, v = input_mode.detach().abs().sum(0).amax(), output_mode.detach().abs().amax().to(ones)
+    c, v = torch.where(c > 0, c, ones), torch.where(v > 0, v, ones)
+    return input_mode / c, mix * (c * v), output_mode / v.to(output_mode)
 
 
 def project(
