@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--task", choices=list(TASKS), default="digits8-conflict", help="task of the quality benchmark")
     add("--r", type=int, nargs="+", default=[6], help="uniform ranks (default: 6)")
     add("--share-factors", choices=("yes", "no"), default="yes", help="share factors between layers of one kind")
-    add("--lr", type=float, default=0.008, help="learning rate (default: 0.008)")
+    add("--lr", type=float, default=0.004, help="learning rate (default: 0.004)")
     add("--seeds", type=int, default=5, help="how many seeds (default: 5)")
     add("--jobs", type=int, default=1, help="processes of one thread each (default: 1)")
     add("--work", default="out/quality", help="directory of pretrained weights (default: %(default)s)")

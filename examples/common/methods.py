@@ -81,9 +81,9 @@ def _lora(summary: str, counted: str = "lora", **fields: Any) -> Method:
 METHODS: dict[str, Method] = {
     "frozen": Method("the head alone", 8e-3),
     "full": Method("every parameter of the model", 3e-4),
-    "tucka": _tucka("Tucker experts, the library's defaults", 8e-3),
+    "tucka": _tucka("Tucker experts, the library's defaults", 4e-3),
     "tucka-paper": _tucka("Tucker experts, the paper's settings", 6e-3, TuckAConfig.paper),
-    "tucka-core": _tucka("Tucker experts, factors held where the data put them", 8e-3, trainable="core", r=16),
+    "tucka-core": _tucka("Tucker experts, factors held where the data put them", 4e-3, trainable="core", r=16),
     "lora": _lora("low-rank updates"),
     "rslora": _lora("LoRA, scaled by the root of its rank", use_rslora=True),
     "dora": _lora("LoRA with magnitudes of its own", counted="dora", use_dora=True),
