@@ -228,13 +228,27 @@ def peft_lora():
 
 def test_relative_positions_are_warned_of_and_measured(tmp_path):
     model, batches = adapted("deberta").eval(), batches_for("deberta")
+    route = recorded(model, batches[0])
     with pytest.warns(UserWarning, match="2 adapted layers, .*query_proj' first, are also applied to relative pos"):
-        report = to_lora(model, tmp_path, recorded(model, batches[0]), batches)
+        report = to_lora(model, tmp_path / "all", route, batches)
     assert all(name.endswith("query_proj") for name in report.inexact_layers) and len(report.inexact_layers) == 2
-    only_values = adapted("deberta", target_modules=["value_proj"])
+    lora = loaded("deberta", tmp_path / "all")
+    squares = torch.zeros(2)
+    for batch in batches:
+        routed = outputs(model, batch)
+        squares += torch.stack([(outputs(lora, batch) - routed).square().sum(), routed.square().sum()])
+    assert report.loras[0].error.outputs == pytest.approx(float((squares[0] / squares[1]).sqrt()), rel=1e-3)
+    with tucka.pin_route(model, route):
+        assert 1e-5 < relative(outputs(lora, batches[0]), outputs(model, batches[0])) < 0.05
+
+    only_values = adapted("deberta", target_modules=["value_proj"]).eval()
+    route = recorded(only_values, batches[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        to_lora(only_values, tmp_path, 0)
+        to_lora(only_values, tmp_path / "values", route)
+    with tucka.pin_route(only_values, route):
+        expected = outputs(only_values, batches[0])
+    assert relative(outputs(loaded("deberta", tmp_path / "values"), batches[0]), expected) < 1e-5
 
 
 class Nested(nn.Module):

@@ -77,7 +77,8 @@ def test_what_must_not_happen_is_noticed(monkeypatch):
         acts[int(path.name.rpartition("-")[2])]()
 
     monkeypatch.setattr(Bench, "checked", misbehave)
-    monkeypatch.setattr(hostile, "SECONDS", 2.0)
+    monkeypatch.setattr(hostile, "SECONDS", 1.5)
+    monkeypatch.setattr(hostile, "STALLS", 1)
     outcomes = {}
     for result in hostile.run(9, progress=False):
         if result.outcome in hostile.FAILURES:

@@ -1,4 +1,4 @@
-"""Saving: what is on disk whenever a save ends early, by a kill, a full disk or a directory that may not be written to.
+"""Saving: what is written, and what is on disk whenever a save is killed.
 
 Processes are forked from this one, which has imported everything, so that hundreds of them can be killed in seconds.
 """
@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -21,7 +20,7 @@ import torch
 from conftest import adapted, assert_same_tensors, batch_for, build, first_output, randomise, stored
 from kill_steps import below, exit_code, fork, kill, write_version
 from peft import PeftModel
-from safetensors import SafetensorError
+from saving_bench import ADAPTER, held, new_pair
 
 import tucka
 from tucka import files
@@ -29,36 +28,13 @@ from tucka.saving import save
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes to kill")
 
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 KILLS = 200
-
-
-def answer_of_child(function):
-    """What a function returns, a text, in a child process."""
-    reading, writing = os.pipe()
-    child = fork(lambda: os.write(writing, function().encode()))
-    os.close(writing)
-    with open(reading, encoding="utf-8") as pipe:
-        answer = pipe.read()
-    assert exit_code(child) == 0
-    return answer
-
-
-def held(directory, names=ADAPTER):
-    """The bytes of an adapter's files as a reader finds them."""
-    return {name: (directory / name).read_bytes() if (directory / name).exists() else None for name in names}
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """Two adapters that differ in configuration and weights, and their files as PEFT writes them."""
-    models, contents = [adapted("bert", r=4), adapted("bert", r=6, alpha=1.0)], []
-    for model in models:
-        folder = tmp_path_factory.mktemp("as-peft-writes-it")
-        model.save_pretrained(folder)
-        contents.append(held(folder))
-    assert not set(contents[0].values()) & set(contents[1].values())
-    return models, contents
+    """Two adapters, and their files as PEFT writes them."""
+    return new_pair(lambda: tmp_path_factory.mktemp("as-peft-writes-it"))
 
 
 # --- what a save writes ------------------------------------------------------------------------------------------
@@ -237,103 +213,6 @@ def test_saves_wait_for_each_other(tmp_path):
     assert exit_code(child) == 0, "the other save was not disturbed"
     assert held(directory, ["a.json", "b.bin"]) == {name: f"quick {name}".encode() for name in ("a.json", "b.bin")}
     assert below(directory) == {"a.json", "b.bin"}
-
-
-# --- a disk that is full, a directory that may not be written to --------------------------------------------------
-
-
-def message_of(model, directory):
-    """The message of a save that must fail, in a child process: its errno and its text."""
-    try:
-        save(model, directory)
-    except OSError as error:
-        return f"{error.errno}: {error}"
-    raise AssertionError("saved")
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, "No space left on device"),
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-    ],
-)
-def test_a_full_disk(pair, tmp_path, monkeypatch, error):
-    models, contents = pair
-    save(models[0], tmp_path / "old")
-    before = below(tmp_path)
-
-    def fail(tensors, path, **options):
-        Path(path).write_bytes(b"half")
-        raise error
-
-    monkeypatch.setattr(peft.peft_model, "safe_save_file", fail)
-    for name in ("old", "new"):
-        with pytest.raises(OSError, match=r"not saved to .*, which holds what it held before.*No space") as raised:
-            save(models[1], tmp_path / name)
-        assert raised.value.errno == errno.ENOSPC and str(tmp_path / name) in str(raised.value)
-    assert held(tmp_path / "old") == contents[0] and below(tmp_path) == before
-
-
-def test_a_failure_leaves_the_model_as_it_was(pair, tmp_path, monkeypatch):
-    """PEFT marks the configuration for inference while it writes it."""
-    (model, _), _ = pair
-
-    def fail(config, folder, **options):
-        assert config.inference_mode
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(tucka.TuckAConfig, "save_pretrained", fail)
-    with pytest.raises(OSError, match="No space"):
-        save(model, tmp_path / "x")
-    assert not model.peft_config["default"].inference_mode and below(tmp_path) == set()
-
-
-def test_a_disk_that_fills_up_at_any_size(pair, tmp_path):
-    """The system refuses files above a limit, whichever of the adapter's files reaches it first."""
-    models, contents = pair
-    save(models[0], tmp_path)
-    before = below(tmp_path)
-
-    def act(limit):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        return message_of(models[1], tmp_path)
-
-    for limit in (0, 1000, len(contents[1][ADAPTER[1]]) - 1):
-        answer = answer_of_child(lambda limit=limit: act(limit))
-        assert answer.startswith(f"{errno.EFBIG}: ") and f"not saved to {tmp_path}, which holds" in answer
-        assert held(tmp_path) == contents[0] and below(tmp_path) == before
-
-
-def test_a_directory_that_may_not_be_written_to(pair, tmp_path):
-    models, contents = pair
-    save(models[0], tmp_path / "adapter")
-    before = below(tmp_path)
-    (tmp_path / "adapter").chmod(0o555)
-
-    def act(name):
-        os.chdir(tmp_path)
-        if os.getuid() == 0:  # whom no mode stops
-            os.chmod(".", 0o755)
-            os.setgid(65534)
-            os.setuid(65534)
-        else:
-            os.chmod(".", 0o555)
-        return message_of(models[1], name)
-
-    for name in ("adapter", "missing/adapter"):
-        answer = answer_of_child(lambda name=name: act(name))
-        assert answer.startswith(f"{errno.EACCES}: ") and f"not saved to {name}, which holds" in answer
-    tmp_path.chmod(0o755)
-    assert held(tmp_path / "adapter") == contents[0] and below(tmp_path) == before
-
-
-def test_a_file_where_the_directory_should_be(pair, tmp_path):
-    (tmp_path / "file").write_text("mine")
-    for name in ("file", "file/adapter"):
-        with pytest.raises(OSError, match="the adapter was not saved to"):
-            save(pair[0][0], tmp_path / name)
-    assert (tmp_path / "file").read_text() == "mine" and below(tmp_path) == {"file"}
 
 
 # --- a single file -----------------------------------------------------------------------------------------------

@@ -45,6 +45,8 @@ FAILURES = ("crash", "hang", "unclear error", "base changed", "base weight repla
 
 SECONDS = 20.0
 """How long one load may take."""
+STALLS = 2
+"""How often it is given that long again, if it had the processor for less than half of it: other work may have it."""
 TRIAL_SECONDS = 0.15
 """How long expressions are tried: what takes longer takes longer than the library's limit as well."""
 MEMORY = (96 << 20, 8)
@@ -80,7 +82,7 @@ def _try(bench: Bench, watch: Watch, way: str, path: Path) -> tuple:
     size = sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file(follow_symlinks=False))
     forget_peak()
     start, (resident, _) = time.perf_counter(), memory()
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    _limit_time()
     try:
         with watch.watching() as seen:
             outcome, error, message = _outcome(way, getattr(bench, way), path)
@@ -139,7 +141,6 @@ def _work(seed: int, indices: range, out) -> None:
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    signal.signal(signal.SIGALRM, _too_long)
     patterns.SECONDS = TRIAL_SECONDS
     bench, watch = Bench(), Watch()
     with tempfile.TemporaryDirectory() as root:
@@ -172,8 +173,19 @@ def _entries(path: Path) -> list:
     return sorted((entry.name, entry.stat(follow_symlinks=False).st_mtime_ns) for entry in os.scandir(path))
 
 
-def _too_long(*_) -> None:
-    raise Hang
+def _limit_time() -> None:
+    """Raise `Hang` in this process once it has worked, or waited, for too long."""
+    begun, stalls = time.process_time(), STALLS
+
+    def too_long(*_) -> None:
+        nonlocal stalls
+        if not stalls or time.process_time() - begun > SECONDS / 2:
+            raise Hang
+        stalls -= 1
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+
+    signal.signal(signal.SIGALRM, too_long)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
 
 
 # --- the run -----------------------------------------------------------------------------------------------------
@@ -230,7 +242,7 @@ def _lines(reader: int, child: int):
     with os.fdopen(reader, "rb", buffering=0) as pipe:
         rest = b""
         while True:
-            if not select.select([pipe], [], [], 4 * SECONDS)[0]:
+            if not select.select([pipe], [], [], (2 + STALLS) * SECONDS)[0]:
                 os.kill(child, signal.SIGKILL)
             chunk = pipe.read(1 << 16)
             if not chunk:
