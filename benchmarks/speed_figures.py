@@ -102,10 +102,15 @@ def plot_experts(records: Sequence[Record], ax: Axes, looks: Mapping[Any, tuple[
         for shape in [shape for shape, fits in (("T = 1", t == 1), ("K = T", k == t)) if fits]:
             place = (kind_of(record), panel_of(record), json.dumps(record["settings"], sort_keys=True), shape)
             found.setdefault(place, []).append((k * t, values))
-    for (kind, panel, _, shape), points in found.items():
+    series = list(dict.fromkeys(place[:3] for place in found))
+    for place, points in found.items():
+        if len(points) < 2:
+            continue  # one expert alone, which is T = 1 and K = T
+        kind, panel, settings, shape = place
         points.sort()
         counts, values = [count for count, _ in points], [value for _, value in points]
-        color, marker = looks[kind]
+        color, marker = COLORS[series.index(place[:3]) % len(COLORS)], looks[kind][1]
+        blocks = f", {layers} blocks" if (layers := json.loads(settings).get("layers")) else ""
         ax.errorbar(
             counts,
             [median for _, median, _ in values],
@@ -115,7 +120,7 @@ def plot_experts(records: Sequence[Record], ax: Axes, looks: Mapping[Any, tuple[
             markerfacecolor=color if shape == "T = 1" else "white",
             markersize=5,
             elinewidth=1.2,
-            label=f"{label_of(kind)}, {panel}, {shape}",
+            label=f"{label_of(kind)}{blocks}, {panel}, {shape}",
         )
     counts = sorted({count for points in found.values() for count, _ in points})
     ax.set_xscale("log", base=2)

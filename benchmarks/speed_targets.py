@@ -113,7 +113,8 @@ def decisive(target: Target, ratios: Sequence[float]) -> float:
 def where(record: Record) -> str:
     """Model, precision and device, and what else of the setting is not the usual."""
     settings = record["settings"]
-    parts = [record["model"], record["dtype"], record["device"], settings.get("targets")]
+    blocks = f"{settings['layers']} blocks" if settings.get("layers") else ""
+    parts = [record["model"], blocks, record["dtype"], record["device"], settings.get("targets")]
     parts += ["compiled" if settings.get("compiled") else "", f"r={settings['rank']}" if "rank" in settings else ""]
     parts += [f"{settings['batch']} × {settings['positions']}" if "positions" in settings else ""]
     return ", ".join(filter(None, parts))
