@@ -36,7 +36,7 @@ import tucka
 from tucka.export import ServingRouter, to_lora
 
 DIALECTS, LETTERS, PROMPT, ANSWER = 4, 16, 8, 4
-BATCH, RANK, RATE = 32, 8, 2e-2
+BATCH, RANK, RATE = 32, 8, 4e-3
 STEPS = (3, 5, 7, 11)
 """What each dialect counts by after the adaptation; before it, all count by 1."""
 
