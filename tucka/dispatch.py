@@ -21,7 +21,7 @@ from .inputs import Inputs, read_inputs
 from .mixer import Mixer
 from .processes import is_sharded, keeps_writes, whole
 from .routing import Route, Router
-from .scope import Current, Scope, replaced
+from .scope import Current, Scope, Threads, replaced
 from .units import as_units, check_rows
 
 
@@ -39,10 +39,15 @@ class Dispatcher:
     def __init__(self, name: str, encoder: nn.Module | None = None) -> None:
         self.name = name
         self._encoder = (encoder,)
-        self.current = Current()
+        self._threads = Threads()
         self.router_owners: dict[str, Any] = {}  # adapter name -> the TuckALayer that holds its router
         self.mixer = Mixer()
         self.attachment: Any = None  # the hooks on the model, to be removed with the adapters
+
+    @property
+    def current(self) -> Current:
+        """What holds in this thread."""
+        return self._threads.here
 
     def router(self, adapter_name: str) -> Router:
         """The router of an adapter."""

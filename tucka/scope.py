@@ -57,12 +57,11 @@ class Scope:
         return self.module is module or (self.parent is not None and self.parent.holds(module))
 
 
-class Current(threading.local):
-    """What holds in one thread: a model may run in several at once. A copy of a model starts with nothing open."""
+class Current:
+    """What holds for the forwards of one thread."""
 
     def __init__(self) -> None:
-        # In every thread, and on the instance: attributes that a first forward adds would make torch.compile compile
-        # the second one anew.
+        # On the instance: attributes that a first forward adds would make torch.compile compile the second one anew.
         self.scope: Scope | None = None
         self.pinned: Route | None = None
         self.recordings: tuple[tuple[str, list[Route]], ...] = ()  # adapter name, where its routes go
@@ -70,11 +69,22 @@ class Current(threading.local):
         self.kept: Any = None  # the mixes of the last route taken without gradient
         self.ready: dict[str, Any] = {}  # updates of layers for the tokens to come, while `generate` runs
 
-    def __deepcopy__(self, memo: dict) -> Current:
-        return Current()
+
+class Threads(threading.local):
+    """A `Current` for each thread: a model may run in several at once. A copy of a model starts with nothing open.
+
+    What changes lies in `here`, since torch.compile loses what is written to a thread's own attributes: a forward whose
+    graph breaks would then go on without its scope.
+    """
+
+    def __init__(self) -> None:
+        self.here = Current()
+
+    def __deepcopy__(self, memo: dict) -> Threads:
+        return Threads()
 
     def __reduce__(self) -> tuple:
-        return Current, ()
+        return Threads, ()
 
 
 @contextmanager
