@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tucka import TuckAConfig
 from tucka.model import LASSO_NAMES, layers_of, single_adapter_name
+from tucka.placement import Placement
 from tucka.registration import PEFT_TYPE
 from tucka.state import FILE_PREFIX, PUBLISHED_KEYS, header_shapes
 from tucka.tensors import ExpertTensor
@@ -78,26 +79,22 @@ class RouterWeights(NamedTuple):
     ----------
     layer : str
         Name of the layer that holds it.
-    centroids : Tensor, (K·T, F)
-        Of scaled features unless the affinity is the paper's.
-    center, scale : Tensor, (F,), or None
-        What a feature is centred by and divided by.
+    centroids : Tensor, (K·T, Q)
+        Of placed features.
+    placement : tucka.placement.Placement
+        How features are placed among the centroids.
     """
 
     layer: str
     centroids: Tensor
-    center: Tensor | None
-    scale: Tensor | None
+    placement: Placement
 
-    def scaled(
+    def placed(
         self,
         features: Tensor,  # (N, F)
-    ) -> Tensor:  # (N, F)
-        """Features as the centroids see them."""
-        features = features.to(self.centroids)
-        if self.center is None or self.scale is None:
-            return features
-        return (features - self.center) / self.scale
+    ) -> Tensor:  # (N, Q)
+        """Features as they lie among the centroids."""
+        return self.placement(features.to(self.centroids))
 
 
 class Adapter(NamedTuple):
@@ -283,7 +280,8 @@ def _layer(name: str, experts: ExpertTensor, config: TuckAConfig) -> LayerExpert
 
 
 def _router(layer: str, own: Mapping[str, Tensor]) -> RouterWeights:
-    return RouterWeights(layer, *(_double(own.get(part)) for part in ("centroids", "center", "scale")))  # type: ignore[arg-type]
+    placement = Placement(*(_double(own.get(part)) for part in Placement._fields))
+    return RouterWeights(layer, own["centroids"].detach().to("cpu", torch.float64), placement)
 
 
 def _double(tensor: Tensor | None) -> Tensor | None:

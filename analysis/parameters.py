@@ -208,8 +208,7 @@ def _lasso(r: int, p: int, config: TuckAConfig) -> int:
 
 def tucka_router(shape: LayerShape, config: TuckAConfig) -> int:
     """Count the router's centroids (K·T of them); `shape` is the layer whose input they are compared with."""
-    feature_size = shape.in_features * (2 if config.pooling == "mean_std" else 1)
-    return config.k * config.t * feature_size
+    return config.k * config.t * (config.axes(shape.in_features) or config.feature_size(shape.in_features))
 
 
 def tucka_rank(shape: LayerShape, config: TuckAConfig) -> int:

@@ -82,7 +82,7 @@ def router_map(observed: Observations, tower: str | None = None, method: str = "
     adapter, routing = observed.adapter, observed.routing[tower_of(observed, tower)]
     router = next(router for router in adapter.routers if router.layer == routing.router)
     unit = adapter.config.affinity == "cosine"
-    features = _placed(router.scaled(torch.from_numpy(routing.features)), unit)
+    features = _placed(router.placed(torch.from_numpy(routing.features)), unit)
     centroids = _placed(router.centroids, unit)
     stacked = np.concatenate([features, centroids])
     if len(stacked) < 3:

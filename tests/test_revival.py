@@ -76,7 +76,7 @@ def test_each_half_gets_its_topic(experts):
     batches = [texts(20, seed, topics=2, width=2) for seed in range(4)]
     model = tucka.apply(build("bert"), config, calibration=batches).eval()
     router, seen = router_of(model), []
-    handle = router.register_forward_pre_hook(lambda module, args: seen.append(args[0] - module.center))
+    handle = router.register_forward_pre_hook(lambda module, args: seen.append(module.placed(args[0])))
     load_of(model, batches)
     handle.remove()
     features = torch.cat(seen)

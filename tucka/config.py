@@ -37,6 +37,7 @@ PAPER = dict(
     routing="batch",
     affinity="paper",
     pooling="mean",
+    components=0,
     normalize=True,
     form="multiplicative",
     tie_factors=True,
@@ -69,8 +70,7 @@ class TuckAConfig(PeftConfig):
     affinity : {"paper", "cosine", "distance"}
         How a routing feature f is scored against the centroids c. "paper": σ(ℓ / ‖ℓ‖₂) over the T logits ℓ = c·f of a
         group. With ``t=1`` that is σ(±1): the router then receives no gradient and stays where it started.
-        The others read the scaled feature z = (f − μ) / √(σ σ̄), with the mean μ and the standard deviation σ of every
-        entry over the calibration, and σ̄ the root mean square of σ over the entries. "cosine": softmax over all K·T
+        The others read the placed feature z (see `components`). "cosine": softmax over all K·T
         experts of cos(z, c) / τ. "distance": softmax over all K·T experts of −‖z − c‖² / (τ s²), with s² the mean
         squared distance of the calibration's z to the nearest centroid: the posterior of a mixture of Gaussians of
         variance τ s² / 2 per entry.
@@ -79,6 +79,11 @@ class TuckAConfig(PeftConfig):
     pooling : {"mean", "mean_std"}
         What of the router layer's input makes the feature: its mean, or mean and standard deviation, over unpadded
         tokens.
+    components : int
+        Q of the k-means starts: z is f − μ on the Q leading principal components of the calibration's features, each
+        divided by its standard deviation (whitened), so that a rare sign that few directions carry counts as much as
+        what varies most. 0, and with other starts: z = (f − μ) / √(σ σ̄), with the mean μ and the standard deviation σ
+        of every entry over the calibration, and σ̄ the root mean square of σ over the entries.
     normalize : {False, True, "bounded"}
         True: divide cores, expert factor and D-mode factors by their Frobenius norms, as the paper does. "bounded":
         U acts as U √R / ‖U‖ (V and C alike), so that one with orthonormal columns acts as it is, and a core 𝒢 as
@@ -162,6 +167,7 @@ class TuckAConfig(PeftConfig):
     affinity: str = _help("How a feature is scored against centroids: 'paper', 'cosine' or 'distance'.", "cosine")
     temperature: float = _help("Temperature of the cosine and distance affinities.", 0.1)
     pooling: str = _help("Routing feature: 'mean' or 'mean_std' over unpadded tokens.", "mean_std")
+    components: int = _help("Principal components of the feature that centroids live in; 0: all of it, scaled.", 16)
     normalize: Union[bool, str] = _help("Divide parameters by their norms: True, False or 'bounded'.", "bounded")
     form: str = _help("'multiplicative' (on the input) or 'additive' (to the output).", "additive")
     tie_factors: bool = _help("Both D-modes share U (multiplicative form).", True)
@@ -235,6 +241,15 @@ class TuckAConfig(PeftConfig):
             self.perturb_scale = ec_perturb_scale
         if alb_gamma is not None:
             self.balance_rate = alb_gamma
+
+    def feature_size(self, width: int) -> int:
+        """F, entries of the routing feature of a layer with so many input features."""
+        return width * (2 if self.pooling == "mean_std" else 1)
+
+    def axes(self, width: int) -> int:
+        """Q, principal components that the router of a layer of that width keeps; 0: it reads scaled features."""
+        whitens = self.affinity != "paper" and self.init_router.startswith("kmeans")
+        return min(self.components, self.feature_size(width)) if whitens else 0
 
     @classmethod
     def paper(cls, **fields: Any) -> TuckAConfig:
@@ -310,6 +325,7 @@ def validate(config: TuckAConfig) -> None:
     for pattern, rank in (config.rank_pattern or {}).items():
         _check_count(f"rank_pattern[{pattern!r}]", rank)
     _check_count("router_depth", config.router_depth, least=0)
+    _check_count("components", config.components, least=0)
     if config.router_depth and config.router_module is not None:
         raise ValueError("router_depth and router_module both say which layer feeds the router; set one of them")
     if config.share_inputs and config.form != "multiplicative":

@@ -242,9 +242,12 @@ def _parts(config: TuckAConfig, plan: LayerPlan) -> list[str]:
 
 def _router_parts(config: TuckAConfig) -> list[str]:
     """Names of the tensors that a router has."""
-    scaled = config.affinity != "paper"
+    centred, whitened = config.affinity != "paper", config.axes(width=1) > 0
     biased = config.balance_bias or config.init_router == "kmeans_balanced"
-    present = dict(center=scaled, scale=scaled, spread=scaled, balance_bias=biased, log_share=config.expert_shares)
+    present = dict(
+        center=centred, scale=centred and not whitened, axes=whitened, spread=centred,
+        balance_bias=biased, log_share=config.expert_shares,
+    )  # fmt: skip
     return ["centroids", "initialised", *(part for part, there in present.items() if there)]
 
 

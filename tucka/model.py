@@ -22,7 +22,7 @@ from .towers import Attachment, Tower
 
 TENSOR_NAMES = ("core", "expert_factor", "input_factor", "output_factor", "shared_core")
 LASSO_NAMES = ("lasso_expert", "lasso_input", "lasso_output")
-ROUTER_NAMES = ("centroids", "initialised", "balance_bias", "center", "scale", "spread", "log_share")
+ROUTER_NAMES = ("centroids", "initialised", "balance_bias", "center", "scale", "axes", "spread", "log_share")
 RESERVED_NAMES = frozenset([*TENSOR_NAMES, *LASSO_NAMES, *ROUTER_NAMES])
 """PEFT tells adapters apart by the ends of keys, so a tensor's own name is none for an adapter."""
 

@@ -194,14 +194,14 @@ def _split(
         return None
     wanted_N = chosen_N.clone()
     wanted_N[chosen_N == busiest] = torch.where(moves, dead, busiest)
-    mean = ours.mean(0)
-    towards = torch.stack([ours[~moves].mean(0) - mean, ours[moves].mean(0) - mean])  # (2, F): stay, move
+    placed = router.placed(ours)
+    position = placed.mean(0)
+    towards = torch.stack([placed[~moves].mean(0) - position, placed[moves].mean(0) - position])  # (2, Q): stay, move
     gates: Any = _route(router, ours, centroids, bias).gates
     leader = int(gates.argmax(-1).bincount().argmax())  # the strongest expert for most of them
     if bias is not None:
         bias = bias.clone()
         bias[[dead, busiest]] = (bias[dead] + bias[busiest]) / 2
-    position = mean if router.center is None else mean - router.center
     old_KTF = centroids.unflatten(0, (router.config.k, -1))
     best, best_score = None, 0.0
     for shift in _shifts(towards, position, old_KTF[busiest], leader):

@@ -1,7 +1,7 @@
 """The route, and the router that takes it: one per model, or one per tower.
 
 Shape legend: N routed units, S positions, D input features of the router's layer, F features of the pooled input,
-K groups, T experts in a group (see `tucka.ops`).
+Q entries of the feature as it is placed among the centroids, K groups, T experts in a group (see `tucka.ops`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import balance, ops
 from .config import TuckAConfig
-from .ops import safe_norm
+from .placement import Placement, standardised, whitened
 from .processes import from_first_process, is_distributed, mean_over_processes, sum_over_processes, whole
 
 
@@ -64,18 +64,19 @@ class Router(nn.Module):
     Parameters
     ----------
     config : TuckAConfig
-        Reads k, t, routing, affinity, temperature, pooling, pool_padding, balance_bias, balance_rate, perturb_scale,
-        init_router and sync_route.
+        Reads k, t, routing, affinity, temperature, pooling, components, pool_padding, balance_bias, balance_rate,
+        perturb_scale, init_router and sync_route.
     width : int
         Input features D of the router's layer.
     sources : tuple of str, optional
         Names of the only layers whose input may feed this router.
     """
 
-    centroids: nn.Parameter  # (K T, F), of scaled features unless the affinity is the paper's
+    centroids: nn.Parameter  # (K T, Q), of placed features
     initialised: Tensor  # () bool
     center: Optional[Tensor]  # (F,) mean feature of the calibration
-    scale: Optional[Tensor]  # (F,) its standard deviation
+    scale: Optional[Tensor]  # (F,) what its entries are divided by
+    axes: Optional[Tensor]  # (F, Q) principal components over their standard deviations, in place of the scale
     spread: Optional[Tensor]  # () mean squared distance of its features to their own centroids
     balance_bias: Optional[Tensor]  # (K, T)
     log_share: Optional[Tensor]  # (K, T) log of the part of its original that an expert is; see `ops.shared_softmax`
@@ -92,12 +93,14 @@ class Router(nn.Module):
         self.config = config
         self.width = width
         self.sources = sources
-        features = width * (2 if config.pooling == "mean_std" else 1)
-        self.centroids = nn.Parameter(torch.empty(config.k * config.t, features, device=device, dtype=dtype))
+        features, axes = config.feature_size(width), config.axes(width)
+        self.centroids = nn.Parameter(torch.empty(config.k * config.t, axes or features, device=device, dtype=dtype))
         nn.init.kaiming_uniform_(self.centroids, a=5**0.5)
         centred = config.affinity != "paper"
+        scaled = centred and not axes
         self.register_buffer("center", torch.zeros(features, device=device, dtype=dtype) if centred else None)
-        self.register_buffer("scale", torch.ones(features, device=device, dtype=dtype) if centred else None)
+        self.register_buffer("scale", torch.ones(features, device=device, dtype=dtype) if scaled else None)
+        self.register_buffer("axes", torch.zeros(features, axes, device=device, dtype=dtype) if axes else None)
         self.register_buffer("spread", torch.ones((), device=device, dtype=dtype) if centred else None)
         self.register_buffer("initialised", torch.tensor(not self.starts_from_data, device=device))
         biased = config.balance_bias or config.init_router == "kmeans_balanced"
@@ -160,12 +163,19 @@ class Router(nn.Module):
         """Score a feature against all centroids by the configured affinity."""
         config = self.config
         centroids = whole(self.centroids).to(feature.dtype)
-        if self.center is None or self.scale is None or self.spread is None:
+        if self.spread is None:
             return ops.paper_affinity(feature, centroids, config.k)
-        feature = (feature - self.center) / self.scale
+        feature = self.placed(feature)
         if config.affinity == "cosine":
             return ops.cosine_affinity(feature, centroids, config.k, config.temperature, self.log_share)
         return ops.distance_affinity(feature, centroids, config.k, config.temperature, self.spread, self.log_share)
+
+    def placed(
+        self,
+        feature: Tensor,  # (N, F)
+    ) -> Tensor:  # (N, Q)
+        """Features as they lie among the centroids."""
+        return Placement(self.center, self.scale, self.axes)(feature)
 
     @torch.no_grad()
     def start(
@@ -184,38 +194,33 @@ class Router(nn.Module):
             noise = torch.rand_like(self.centroids) * 2 - 1
             noise[0] = 0
             centroids = feature.mean(0) + self.config.perturb_scale * noise
-            center, scale = torch.zeros_like(centroids[0]), torch.ones_like(centroids[0])
+            placement = Placement(torch.zeros_like(centroids[0]), torch.ones_like(centroids[0]))
         else:
-            center, scale = self.standard(feature)
+            placement = self.placement(feature)
             units = torch.randperm(feature.shape[0], device=feature.device)
             chosen = units[torch.arange(len(self.centroids), device=units.device) % feature.shape[0]]
             # Units may be fewer than centroids: a little noise tells their copies apart.
-            centroids = (feature[chosen] - center) / scale + 0.1 * torch.randn_like(self.centroids)
+            centroids = placement(feature[chosen]) + 0.1 * torch.randn_like(self.centroids)
         # Distances to the nearest centroid would say little: a unit that became one lies at none.
-        self._write(centroids, center, scale, ((feature - center) / scale).square().sum(-1).mean())
+        self._write(centroids, placement, placement(feature).square().sum(-1).mean())
 
-    def standard(
+    def placement(
         self,
         feature: Tensor,  # (N, F)
-    ) -> tuple[Tensor, Tensor]:  # (F,), (F,)
-        """What features are centred by and divided by; with the paper's affinity they stay as they are.
+    ) -> Placement:
+        """How features like these are placed among centroids; with the paper's affinity they stay as they are."""
+        if self.center is None:
+            return Placement()
+        if self.axes is not None:
+            return whitened(feature, self.axes.shape[1])
+        return standardised(feature)
 
-        The divisor is √(σ σ̄), with σ̄ the root mean square of all σ: half way between features as they are, where a few
-        wide entries decide, and standardised ones, where entries that hardly vary count as much as any.
-        """
-        mean = feature.mean(0)
-        if self.config.affinity == "paper":
-            return torch.zeros_like(mean), torch.ones_like(mean)
-        deviation = (feature - mean).square().mean(0).sqrt()
-        typical = (safe_norm(deviation) / len(deviation) ** 0.5).clamp_min(1e-6)
-        return mean, (torch.maximum(deviation, 1e-4 * typical) * typical).sqrt()
-
-    def _write(self, centroids: Tensor, center: Tensor, scale: Tensor, spread: Tensor) -> None:
+    def _write(self, centroids: Tensor, placement: Placement, spread: Tensor) -> None:
         """Write a start, unless whoever loaded the parameters wrote them past this module; the flag came along."""
         # Features that all are centroids have no spread, and the affinity divides by it.
-        fresh = (centroids, center, scale, spread.clamp_min(1e-3))
-        for held, new in zip((self.centroids, self.center, self.scale, self.spread), fresh):
-            if held is not None:
+        fresh = (centroids, *placement, spread.clamp_min(1e-3))
+        for held, new in zip((self.centroids, self.center, self.scale, self.axes, self.spread), fresh):
+            if held is not None and new is not None:
                 value = torch.where(self.initialised, held, new)  # every process starts alike
                 held.copy_(from_first_process(value))
         self.initialised.fill_(True)
@@ -224,14 +229,14 @@ class Router(nn.Module):
     @torch.no_grad()
     def restart(
         self,
-        centroids: Tensor,  # (K T, F)
-        center: Tensor,  # (F,)
-        scale: Tensor,  # (F,)
+        centroids: Tensor,  # (K T, Q)
+        placement: Placement,
         spread: Tensor,  # ()
     ) -> None:
         """Start (again) from given centroids, whatever was there."""
         self.initialised.fill_(False)
-        self._write(centroids, center, scale, spread)
+        placement = placement.map(lambda part: part.to(self.centroids))
+        self._write(centroids.to(self.centroids), placement, spread.to(self.centroids))
 
     def snapshot(self) -> tuple[dict[str, Tensor], bool]:
         """A copy of the state, for `restore`."""

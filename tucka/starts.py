@@ -79,8 +79,8 @@ def start_router_from(
     config = router.config
     balanced = config.init_router == "kmeans_balanced"
     features = features.double()
-    center, scale = router.standard(features)
-    placed = (features - center) / scale
+    placement = router.placement(features)
+    placed = placement(features)
     if config.affinity == "cosine":
         # Only directions count. The length sets how fast an optimiser turns centroids: routes that move faster than
         # the experts behind them can follow were seen to cost accuracy at high learning rates.
@@ -88,7 +88,7 @@ def start_router_from(
     centroids = nested_kmeans(placed.cpu().numpy(), config.k, config.t, balanced=balanced)
     centroids_CF = torch.from_numpy(centroids).to(placed)
     spread = torch.cdist(placed, centroids_CF).amin(-1).square().mean()
-    router.restart(*(value.to(router.centroids) for value in (centroids_CF, center, scale, spread)))
+    router.restart(centroids_CF, placement, spread)
     if balanced and router.balance_bias is not None:
         bias_K = balancing_bias(router.scores(features.to(router.centroids)))
         router.balance_bias.copy_(bias_K.unsqueeze(-1).expand_as(router.balance_bias))

@@ -2,7 +2,7 @@
 
 An adapter is PEFT's two files; `tucka.weights` checks them before a model is touched. Keys end in
 `tucka_experts.{core, expert_factor, input_factor, output_factor, shared_core}` and `tucka_router.{centroids, center,
-scale, spread, initialised, balance_bias}`; a shared factor stands at the layer that owns it and nowhere else.
+scale, axes, spread, initialised, balance_bias}`; a shared factor stands at the layer that owns it and nowhere else.
 """
 
 from __future__ import annotations

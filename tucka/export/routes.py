@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..calibration import FeatureReader, as_found, device_of
 from ..config import TuckAConfig
 from ..model import dispatchers_of, layers_of
+from ..placement import Placement
 from ..recording import unrecorded
 from ..routing import Route, Router
 
@@ -145,11 +146,9 @@ def group_route(group: int, router: Router, seen: Route | None) -> FixedRoute:
 def centroid_gates(router: Router, group: int) -> Tensor:  # (T,)
     """Gates of a feature that lies at the mean of the group's T centroids."""
     config = router.config
-    feature_F = router.centroids[group * config.t : (group + 1) * config.t].mean(0)
-    if router.center is not None and router.scale is not None:  # centroids are of scaled features
-        feature_F = feature_F * router.scale + router.center
-    chosen = torch.tensor([group], device=feature_F.device)
-    gates = router(feature_F.unsqueeze(0), chosen).gates
+    placed_1Q = router.centroids[group * config.t : (group + 1) * config.t].mean(0, keepdim=True)
+    feature_1F = Placement(router.center, router.scale, router.axes).inverse(placed_1Q)
+    gates = router(feature_1F, torch.tensor([group], device=feature_1F.device)).gates
     assert gates is not None
     return gates[0]
 

@@ -38,8 +38,8 @@ CONFIG_FILE, WEIGHTS_FILE = "tucka_router.json", "tucka_router.safetensors"
 FORMAT_VERSION = 1
 
 ROUTER_FIELDS = (
-    "k", "t", "routing", "affinity", "temperature", "pooling", "pool_padding", "pool_answers", "balance_bias",
-    "expert_shares", "init_router",
+    "k", "t", "routing", "affinity", "temperature", "pooling", "components", "pool_padding", "pool_answers",
+    "balance_bias", "expert_shares", "init_router",
 )  # fmt: skip
 """What of a configuration says how a trained router chooses."""
 

@@ -35,8 +35,8 @@ EXACT = 1e-5
 """Relative error above which an import without a given rank is reported as not exact."""
 
 FIELDS = (
-    "routing", "affinity", "temperature", "pooling", "pool_padding", "pool_answers", "router_module", "balance_bias",
-    "balance_rate", "sync_route", "trainable", "shared_expert",
+    "routing", "affinity", "temperature", "pooling", "components", "pool_padding", "pool_answers", "router_module",
+    "balance_bias", "balance_rate", "sync_route", "trainable", "shared_expert",
 )  # fmt: skip
 """Fields of `TuckAConfig` that a caller may set; what experts are is given by the LoRAs."""
 
@@ -99,8 +99,8 @@ def from_loras(
         Show a progress bar.
     **fields
         Of `TuckAConfig`, for the router: routing, affinity ("cosine", "distance"), temperature (instead of the chosen
-        one), pooling, pool_padding, pool_answers, router_module, balance_bias, balance_rate, sync_route; and
-        trainable ("core": U and V are held), shared_expert (True: the LoRAs' mean update is always active, and the
+        one), pooling, components, pool_padding, pool_answers, router_module, balance_bias, balance_rate, sync_route;
+        and trainable ("core": U and V are held), shared_expert (True: the LoRAs' mean update is always active, and the
         cores hold what each differs by, so that a sample between LoRAs has something between them).
 
     Returns

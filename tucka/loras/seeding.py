@@ -170,13 +170,13 @@ def _seed(
     most = max(map(len, members))
     # Every LoRA's samples repeated to one number: the centre then lies amid the LoRAs, not at the one with most data.
     even_KNF = torch.stack([own[torch.arange(most, device=own.device) % len(own)] for own in members])
-    center, scale = router.standard(even_KNF.flatten(0, 1))
-    placed_KNF = (even_KNF - center) / scale
+    placement = router.placement(even_KNF.flatten(0, 1))
+    placed_KNQ = torch.stack([placement(own) for own in even_KNF])
     if router.config.affinity == "cosine":
-        placed_KNF = nn.functional.normalize(placed_KNF, dim=-1) * CENTROID_ENTRY * placed_KNF.shape[-1] ** 0.5
-    centroids_KF = placed_KNF.mean(1)
-    spread = (placed_KNF - centroids_KF.unsqueeze(1)).square().sum(-1).mean()
-    router.restart(*(value.to(router.centroids) for value in (centroids_KF, center, scale, spread)))
+        placed_KNQ = nn.functional.normalize(placed_KNQ, dim=-1) * CENTROID_ENTRY * placed_KNQ.shape[-1] ** 0.5
+    centroids_KQ = placed_KNQ.mean(1)
+    spread = (placed_KNQ - centroids_KQ.unsqueeze(1)).square().sum(-1).mean()
+    router.restart(centroids_KQ, placement, spread)
 
 
 @torch.no_grad()

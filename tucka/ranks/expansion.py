@@ -197,7 +197,7 @@ def _candidates(router: Router, features: Tensor, held: Tensor) -> list[Tensor]:
     halves = two_means(features)
     if halves is None:
         return []
-    seen = features if router.center is None or router.scale is None else (features - router.center) / router.scale
+    seen = router.placed(features)
     if router.config.affinity == "cosine":
         seen = nn.functional.normalize(seen, dim=-1)
     mean = seen.mean(0)
