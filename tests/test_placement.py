@@ -27,25 +27,29 @@ def started(features, **fields):
 @pytest.mark.parametrize("components", [1, 3, 8])
 def test_whitening_is_that_of_scikit_learn(components):
     features = 5.0 + draw(60, 8) @ draw(8, 8, seed=1)
-    found = whitened(features, components)(features)
+    found = whitened(features, components, groups=8)(features)
     theirs = PCA(components, whiten=True, svd_solver="full").fit_transform(features.numpy())
     theirs = torch.from_numpy(theirs) * (60 / 59) ** 0.5  # which divides by N − 1
     signs = (found * theirs).sum(0).sign()  # of a component nobody can say
     torch.testing.assert_close(found * signs, theirs)
 
 
-@given(st.integers(1, 12), st.integers(1, 6), st.integers(1, 8), st.sampled_from([0.0, 1e-12, 1.0, 1e6]))
-def test_any_features_are_placed_within_bounds(count, width, components, size):
-    """Fewer features than components, or features all alike, leave axes of nothing and no number that is none."""
+@given(
+    st.integers(1, 40), st.integers(1, 6), st.integers(1, 8), st.integers(1, 4), st.sampled_from([0.0, 1e-12, 1.0, 1e6])
+)
+def test_any_features_are_placed_within_bounds(count, width, components, groups, size):
+    """Few features, or features all alike, leave axes of nothing and no number that is none."""
     features = size * draw(count, width) + 3.0
-    placement = whitened(features, components)
+    placement = whitened(features, components, groups)
     placed = placement(features)
     assert placed.shape == (count, components) and placement.axes.isfinite().all()
     assert placed.abs().max() <= count**0.5 + 1e-6
-    assert not placed[:, min(count, width) :].any()
+    assert not placed[:, min(count, width, max(groups, count // 8)) :].any()
 
 
-@pytest.mark.parametrize("place", [standardised, lambda features: whitened(features, 3), lambda features: Placement()])
+@pytest.mark.parametrize(
+    "place", [standardised, lambda features: whitened(features, 3, 2), lambda features: Placement()]
+)
 def test_the_inverse_gives_a_feature_that_is_placed_there(place):
     features = draw(40, 5) * torch.tensor([1.0, 9.0, 0.1, 3.0, 1.0], dtype=torch.float64)
     placement = place(features)

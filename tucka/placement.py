@@ -13,6 +13,9 @@ from torch import Tensor
 
 from .ops import safe_norm
 
+SAMPLES_PER_AXIS = 8
+"""Features that an axis must rest on: whitening blows up directions that few features tell from noise."""
+
 FLATTEST = 1e-4
 """Least variance of a principal component, over the mean of those kept, that is scaled up to one."""
 
@@ -43,7 +46,7 @@ class Placement(NamedTuple):
             return feature
         centred = feature - self.center
         if self.axes is not None:
-            return torch.einsum("nf,fq->nq", centred, self.axes)
+            return torch.einsum("nf,fq->nq", centred, self.axes.to(centred.dtype))
         return centred if self.scale is None else centred / self.scale
 
     def inverse(
@@ -79,15 +82,17 @@ def standardised(
 def whitened(
     feature: Tensor,  # (N, F)
     components: int,
+    groups: int,
 ) -> Placement:
     """Keep the leading principal components, each divided by its standard deviation.
 
-    Fewer features than components have no more directions than there are features; the axes left over are zero.
+    Of few features only as many as there are groups, or one for each `SAMPLES_PER_AXIS`; the axes left over are zero.
     """
+    kept = min(components, max(groups, len(feature) // SAMPLES_PER_AXIS))
     mean = feature.mean(0)
     _, singular, axes_CF = torch.linalg.svd(feature - mean, full_matrices=False)
-    variance_Q = singular[:components].square() / len(feature)
+    variance_Q = singular[:kept].square() / len(feature)
     floor = (FLATTEST * variance_Q.mean()).clamp_min(1e-12)  # features may all be alike
     axes = feature.new_zeros(feature.shape[1], components)
-    axes[:, : len(variance_Q)] = (axes_CF[:components] / torch.maximum(variance_Q, floor).sqrt().unsqueeze(1)).mT
+    axes[:, : len(variance_Q)] = (axes_CF[:kept] / torch.maximum(variance_Q, floor).sqrt().unsqueeze(1)).mT
     return Placement(mean, axes=axes)

@@ -212,7 +212,7 @@ class Router(nn.Module):
         if self.center is None:
             return Placement()
         if self.axes is not None:
-            return whitened(feature, self.axes.shape[1])
+            return whitened(feature, self.axes.shape[1], self.config.k)
         return standardised(feature)
 
     def _write(self, centroids: Tensor, placement: Placement, spread: Tensor) -> None:

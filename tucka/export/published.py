@@ -20,7 +20,8 @@ from .lora_files import auto_mapping, base_name, beside_experts
 from .targets import base_module_names, exact_targets
 
 IMPLIED: dict[str, Any] = {
-    **{field: value for field, value in PAPER.items() if not field.startswith("init_")},
+    # How experts and the router started leaves no trace, and the paper's affinity reads no principal components.
+    **{field: value for field, value in PAPER.items() if not field.startswith("init_") and field != "components"},
     "pool_padding": True,
     "balance_bias": False,
     "router_depth": 0,
