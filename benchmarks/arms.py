@@ -57,6 +57,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no-shared-expert": {"shared_expert": False},
     "core": {"trainable": "core"},
     "mean": {"pooling": "mean"},
+    "scaled": {"components": 0},
     "router-perturb": {"init_router": "perturb"},
     "router-kaiming": {"init_router": "kaiming"},
     "router-kmeans": {"init_router": "kmeans"},
