@@ -220,7 +220,8 @@ def test_as_a_program_without_a_display(here):
     environment.pop("DISPLAY", None)
     argv = [sys.executable, "-m", "analysis", "figure", "spectra", "--adapter", "adapter", "-o", "spectra.pdf"]
     found = subprocess.run(argv, cwd=here, env=environment, capture_output=True, text=True)
-    # bitsandbytes, which PEFT imports where it is installed, misses a package of its own on CPUs with AVX512-BF16.
-    errors = [line for line in found.stderr.splitlines() if not line.startswith("Failed to load CPU gemm_4bit_forward")]
+    # bitsandbytes and torchao, which PEFT imports where they are installed, speak of kernels that this machine has not.
+    foreign = ("gemm_4bit_forward", "torchao", "torch/utils/_pytree.py")
+    errors = [line for line in found.stderr.splitlines() if not any(name in line for name in foreign)]
     assert (found.returncode, found.stdout, errors) == (0, "spectra.pdf\n", [])
     assert (here / "spectra.pdf").read_bytes().startswith(b"%PDF")
