@@ -208,7 +208,7 @@ def _lasso(r: int, p: int, config: TuckAConfig) -> int:
 
 def tucka_router(shape: LayerShape, config: TuckAConfig) -> int:
     """Count the router's centroids (K·T of them); `shape` is the layer whose input they are compared with."""
-    return config.k * config.t * (config.axes(shape.in_features) or config.feature_size(shape.in_features))
+    return config.k * config.t * config.placed_size(shape.in_features)
 
 
 def tucka_rank(shape: LayerShape, config: TuckAConfig) -> int:

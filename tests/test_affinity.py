@@ -186,12 +186,13 @@ def test_one_feature_for_every_centroid_gives_no_nan(affinity):
         assert started.spread > 0
 
 
+@pytest.mark.parametrize("components", [0, 16])
 @pytest.mark.parametrize("affinity", FITTING)
-def test_without_calibration_units_of_the_batch_become_centroids(affinity):
+def test_without_calibration_units_of_the_batch_become_centroids(affinity, components):
     features = 5.0 + draw(12, 4)
-    started = router(affinity=affinity, init_router="kmeans")
+    started = router(affinity=affinity, init_router="kmeans", components=components)
     started.start(features)
-    z = started.placed(features)
+    z = started.placed(features) if components else (features - features.mean(0)) / features.std(0, correction=0)
     assert torch.cdist(started.centroids.detach(), z).amin(-1).max() < 0.1 * 3.5 * 2  # noise of 0.1 per entry
     assert started.initialised and not started.awaits_start
 

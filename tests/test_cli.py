@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -221,7 +222,7 @@ def test_as_a_program_without_a_display(here):
     argv = [sys.executable, "-m", "analysis", "figure", "spectra", "--adapter", "adapter", "-o", "spectra.pdf"]
     found = subprocess.run(argv, cwd=here, env=environment, capture_output=True, text=True)
     # bitsandbytes and torchao, which PEFT imports where they are installed, speak of kernels that this machine has not.
-    foreign = ("gemm_4bit_forward", "torchao", "torch/utils/_pytree.py")
-    errors = [line for line in found.stderr.splitlines() if not any(name in line for name in foreign)]
+    foreign = r"Failed to load (CPU gemm_4bit_forward|\S*/torchao/)|W.*_pytree\.py:\d+\] <enum '(Kernel|ScaleCalc)"
+    errors = [line for line in found.stderr.splitlines() if not re.match(foreign, line)]
     assert (found.returncode, found.stdout, errors) == (0, "spectra.pdf\n", [])
     assert (here / "spectra.pdf").read_bytes().startswith(b"%PDF")

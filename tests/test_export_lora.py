@@ -30,7 +30,6 @@ from tucka.export.routes import FixedRoute
 from tucka.export.targets import exact_targets
 from tucka.files import LOCK
 from tucka.model import dispatchers_of, layers_of
-from tucka.placement import Placement
 
 PAPER = dict(routing="batch", normalize=True, init_experts="kaiming", shared_expert=False, pooling="mean")
 CASES = [
@@ -143,7 +142,7 @@ def test_a_group_without_samples_has_the_gates_of_its_centroids(tmp_path):
     model = randomise(started("bert", k=3, affinity="distance", init_experts="identity"), 0.2)
     router = next(iter(dispatchers_of(model).values())).router("default")
     (lora,) = to_lora(model, tmp_path / "one", 2).loras
-    centroid = Placement(router.center, axes=router.axes).inverse(router.centroids[4:6].mean(0, keepdim=True))
+    centroid = router.placement.inverse(router.centroids[4:6].mean(0, keepdim=True))
     held = lora.routes[""]
     torch.testing.assert_close(held.weights[2], router(centroid, torch.tensor([2])).gates[0].detach())
     assert held.source == "centroids" and held.units is None and not held.weights[:2].any()

@@ -74,10 +74,10 @@ def test_what_the_router_of_a_start_holds():
     config = tucka.TuckAConfig(k=3, t=2, components=5)
     router = Router(config, 8)
     assert router.centroids.shape == (6, 5) and router.axes.shape == (16, 5) and router.scale is None
-    assert config.axes(2) == 4, "no more components than entries"
+    assert config.placed_size(2) == 4, "no more components than entries"
     for fields in (dict(components=0), dict(init_router="kaiming"), dict(affinity="paper", t=2)):
         config = tucka.TuckAConfig(**{"k": 3, "t": 2, "components": 5, **fields})
-        assert config.axes(8) == 0
+        assert config.placed_size(8) == 16 and not config.whitens
         assert Router(config, 8).centroids.shape == (6, 16)
 
 

@@ -246,10 +246,15 @@ class TuckAConfig(PeftConfig):
         """F, entries of the routing feature of a layer with so many input features."""
         return width * (2 if self.pooling == "mean_std" else 1)
 
-    def axes(self, width: int) -> int:
-        """Q, principal components that the router of a layer of that width keeps; 0: it reads scaled features."""
-        whitens = self.affinity != "paper" and self.init_router.startswith("kmeans")
-        return min(self.components, self.feature_size(width)) if whitens else 0
+    @property
+    def whitens(self) -> bool:
+        """Whether centroids live among principal components of the features."""
+        return self.components > 0 and self.affinity != "paper" and self.init_router.startswith("kmeans")
+
+    def placed_size(self, width: int) -> int:
+        """Q, entries of a feature as it lies among the centroids."""
+        features = self.feature_size(width)
+        return min(self.components, features) if self.whitens else features
 
     @classmethod
     def paper(cls, **fields: Any) -> TuckAConfig:

@@ -242,10 +242,10 @@ def _parts(config: TuckAConfig, plan: LayerPlan) -> list[str]:
 
 def _router_parts(config: TuckAConfig) -> list[str]:
     """Names of the tensors that a router has."""
-    centred, whitened = config.affinity != "paper", config.axes(width=1) > 0
+    centred = config.affinity != "paper"
     biased = config.balance_bias or config.init_router == "kmeans_balanced"
     present = dict(
-        center=centred, scale=centred and not whitened, axes=whitened, spread=centred,
+        center=centred, scale=centred and not config.whitens, axes=config.whitens, spread=centred,
         balance_bias=biased, log_share=config.expert_shares,
     )  # fmt: skip
     return ["centroids", "initialised", *(part for part, there in present.items() if there)]

@@ -93,14 +93,14 @@ class Router(nn.Module):
         self.config = config
         self.width = width
         self.sources = sources
-        features, axes = config.feature_size(width), config.axes(width)
-        self.centroids = nn.Parameter(torch.empty(config.k * config.t, axes or features, device=device, dtype=dtype))
+        features, placed = config.feature_size(width), config.placed_size(width)
+        self.centroids = nn.Parameter(torch.empty(config.k * config.t, placed, device=device, dtype=dtype))
         nn.init.kaiming_uniform_(self.centroids, a=5**0.5)
         centred = config.affinity != "paper"
-        scaled = centred and not axes
+        scaled, whitens = centred and not config.whitens, config.whitens
         self.register_buffer("center", torch.zeros(features, device=device, dtype=dtype) if centred else None)
         self.register_buffer("scale", torch.ones(features, device=device, dtype=dtype) if scaled else None)
-        self.register_buffer("axes", torch.zeros(features, axes, device=device, dtype=dtype) if axes else None)
+        self.register_buffer("axes", torch.zeros(features, placed, device=device, dtype=dtype) if whitens else None)
         self.register_buffer("spread", torch.ones((), device=device, dtype=dtype) if centred else None)
         self.register_buffer("initialised", torch.tensor(not self.starts_from_data, device=device))
         biased = config.balance_bias or config.init_router == "kmeans_balanced"
@@ -170,12 +170,17 @@ class Router(nn.Module):
             return ops.cosine_affinity(feature, centroids, config.k, config.temperature, self.log_share)
         return ops.distance_affinity(feature, centroids, config.k, config.temperature, self.spread, self.log_share)
 
+    @property
+    def placement(self) -> Placement:
+        """How features are placed among the centroids."""
+        return Placement(self.center, self.scale, self.axes)
+
     def placed(
         self,
         feature: Tensor,  # (N, F)
     ) -> Tensor:  # (N, Q)
         """Features as they lie among the centroids."""
-        return Placement(self.center, self.scale, self.axes)(feature)
+        return self.placement(feature)
 
     @torch.no_grad()
     def start(
@@ -196,7 +201,7 @@ class Router(nn.Module):
             centroids = feature.mean(0) + self.config.perturb_scale * noise
             placement = Placement(torch.zeros_like(centroids[0]), torch.ones_like(centroids[0]))
         else:
-            placement = self.placement(feature)
+            placement = self.placement_of(feature)
             units = torch.randperm(feature.shape[0], device=feature.device)
             chosen = units[torch.arange(len(self.centroids), device=units.device) % feature.shape[0]]
             # Units may be fewer than centroids: a little noise tells their copies apart.
@@ -204,11 +209,11 @@ class Router(nn.Module):
         # Distances to the nearest centroid would say little: a unit that became one lies at none.
         self._write(centroids, placement, placement(feature).square().sum(-1).mean())
 
-    def placement(
+    def placement_of(
         self,
         feature: Tensor,  # (N, F)
     ) -> Placement:
-        """How features like these are placed among centroids; with the paper's affinity they stay as they are."""
+        """How features like these are to be placed among centroids; with the paper's affinity they stay as they are."""
         if self.center is None:
             return Placement()
         if self.axes is not None:

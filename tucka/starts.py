@@ -79,7 +79,7 @@ def start_router_from(
     config = router.config
     balanced = config.init_router == "kmeans_balanced"
     features = features.double()
-    placement = router.placement(features)
+    placement = router.placement_of(features)
     placed = placement(features)
     if config.affinity == "cosine":
         # Only directions count. The length sets how fast an optimiser turns centroids: routes that move faster than

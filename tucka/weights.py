@@ -169,9 +169,9 @@ def expert_shapes(
 def router_shapes(config: TuckAConfig, width: int | None) -> dict[str, Shape]:
     """Shapes of every tensor that a router can have, given the input features of its layer."""
     k, t = config.k, config.t
-    features, axes = (None, None) if width is None else (config.feature_size(width), config.axes(width))
-    scaling: dict[str, Shape] = dict(center=(features,), scale=(features,), axes=(features, axes), spread=())
-    return dict(centroids=(k * t, axes or features), initialised=(), balance_bias=(k, t), log_share=(k, t), **scaling)
+    features, placed = (None, None) if width is None else (config.feature_size(width), config.placed_size(width))
+    scaling: dict[str, Shape] = dict(center=(features,), scale=(features,), axes=(features, placed), spread=())
+    return dict(centroids=(k * t, placed), initialised=(), balance_bias=(k, t), log_share=(k, t), **scaling)
 
 
 def _require_experts(path: Path, header: dict[str, Declared], config: TuckAConfig) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from ..calibration import FeatureReader, as_found, device_of
 from ..config import TuckAConfig
 from ..model import dispatchers_of, layers_of
-from ..placement import Placement
 from ..recording import unrecorded
 from ..routing import Route, Router
 
@@ -147,7 +146,7 @@ def centroid_gates(router: Router, group: int) -> Tensor:  # (T,)
     """Gates of a feature that lies at the mean of the group's T centroids."""
     config = router.config
     placed_1Q = router.centroids[group * config.t : (group + 1) * config.t].mean(0, keepdim=True)
-    feature_1F = Placement(router.center, router.scale, router.axes).inverse(placed_1Q)
+    feature_1F = router.placement.inverse(placed_1Q)
     gates = router(feature_1F, torch.tensor([group], device=feature_1F.device)).gates
     assert gates is not None
     return gates[0]

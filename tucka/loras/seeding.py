@@ -170,8 +170,9 @@ def _seed(
     most = max(map(len, members))
     # Every LoRA's samples repeated to one number: the centre then lies amid the LoRAs, not at the one with most data.
     even_KNF = torch.stack([own[torch.arange(most, device=own.device) % len(own)] for own in members])
-    placement = router.placement(even_KNF.flatten(0, 1))
-    placed_KNQ = torch.stack([placement(own) for own in even_KNF])
+    even_MF = even_KNF.flatten(0, 1)
+    placement = router.placement_of(even_MF)
+    placed_KNQ = placement(even_MF).unflatten(0, even_KNF.shape[:2])
     if router.config.affinity == "cosine":
         placed_KNQ = nn.functional.normalize(placed_KNQ, dim=-1) * CENTROID_ENTRY * placed_KNQ.shape[-1] ** 0.5
     centroids_KQ = placed_KNQ.mean(1)
