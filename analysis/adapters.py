@@ -228,11 +228,11 @@ def _likely_owner(name: str, own: Mapping[str, Tensor], parts: Mapping[str, Mapp
     def blockless(layer: str) -> str:
         return re.sub(r"\d+", "#", layer)
 
-    leaf, rank = name.rpartition(".")[2], own["core"].shape[-1]
+    leaf, rank = name.rpartition(".")[2], own["core"].shape[-2]
     owners = [
         other
         for other, tensors in parts.items()
-        if "input_factor" in tensors and other.rpartition(".")[2] == leaf and tensors["core"].shape[-1] == rank
+        if "input_factor" in tensors and other.rpartition(".")[2] == leaf and tensors["core"].shape[-2] == rank
     ]
     found = [other for other in owners if blockless(other) == blockless(name)] or owners
     if len(found) != 1:

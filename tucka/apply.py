@@ -105,7 +105,8 @@ def default_config(model: nn.Module) -> TuckAConfig:
         target_modules=None if known else "all-linear",
         modules_to_save=[head] if head else None,
     )
-    config.r = min([config.r, *_adapted_widths(model, copy.copy(config))])
+    widest = min([config.r, *_adapted_widths(model, copy.copy(config))])
+    config.r = widest - widest % config.block_width(widest)
     return config
 
 

@@ -44,6 +44,7 @@ PAPER = dict(
     share_factors=False,
     share_inputs=False,
     shared_expert=False,
+    block_size=None,
     trainable="all",
     init_router="perturb",
     init_experts="kaiming",
@@ -63,6 +64,10 @@ class TuckAConfig(PeftConfig):
     ----------
     r, k, t, p : int
         Rank of an expert (R), groups (K), experts in a group (T), rank shared by the experts of a group (P).
+    block_size : int, optional
+        W: the R×R matrices of a core are zero beside diagonal blocks of W×W, so that experts of high rank have few
+        parameters, K·P·R·W: each expert is a sum of R/W Tucker terms (De Lathauwer's block term decomposition). Ranks
+        above W are multiples of it; one up to W has a full core, as all have with None.
     alpha : float
         Scale of the adaptation. Unnormalised parameters want a few units, the paper's normalised ones more.
     routing : {"sample", "batch"}
@@ -162,6 +167,7 @@ class TuckAConfig(PeftConfig):
     k: int = _help("Number of expert groups.", 4)
     t: int = _help("Experts in each group.", 1)
     p: int = _help("Rank shared by the experts of a group.", 1)
+    block_size: Optional[int] = _help("Width of the diagonal blocks of a core; None: full cores.", None)
     alpha: float = _help("Scale of the adaptation.", 2.0)
     routing: str = _help("What is routed as one: 'sample' or 'batch'.", "sample")
     affinity: str = _help("How a feature is scored against centroids: 'paper', 'cosine' or 'distance'.", "cosine")
@@ -246,6 +252,18 @@ class TuckAConfig(PeftConfig):
         """F, entries of the routing feature of a layer with so many input features."""
         return width * (2 if self.pooling == "mean_std" else 1)
 
+    def block_width(self, rank: int) -> int:
+        """W, entries in a row of a core of that rank."""
+        return min(self.block_size or rank, rank)
+
+    def require_blocks(self, rank: int, where: str) -> None:
+        """Refuse, by `ValueError`, a rank that is not made of whole blocks."""
+        if rank % self.block_width(rank):
+            raise ValueError(
+                f"rank {where} is not a multiple of block_size={self.block_size}: "
+                "take one that is, or block_size=None for full cores"
+            )
+
     @property
     def whitens(self) -> bool:
         """Whether centroids live among principal components of the features."""
@@ -327,8 +345,12 @@ def validate(config: TuckAConfig) -> None:
     for name in FLAGS:
         if not isinstance(getattr(config, name), bool):
             raise ValueError(f"{name}={getattr(config, name)!r} is neither True nor False")
+    if config.block_size is not None:
+        _check_count("block_size", config.block_size)
+    config.require_blocks(config.r, f"r={config.r}")
     for pattern, rank in (config.rank_pattern or {}).items():
         _check_count(f"rank_pattern[{pattern!r}]", rank)
+        config.require_blocks(rank, f"rank_pattern[{pattern!r}]={rank}")
     _check_count("router_depth", config.router_depth, least=0)
     _check_count("components", config.components, least=0)
     if config.router_depth and config.router_module is not None:

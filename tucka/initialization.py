@@ -296,7 +296,7 @@ class MomentCollector:
         placed = dict(device=experts.core.device, dtype=experts.core.dtype)
         if d * o <= FORMED_LIMIT:
             return FormedMoments(clusters, d, o, **placed)
-        rank = experts.core.shape[-1] if self.rank is None else min(self.rank, d, o)
+        rank = experts.rank[-1] if self.rank is None else min(self.rank, d, o)
         return SketchedMoments(clusters, d, o, rank, self._tests, **placed)
 
     def decompositions(self) -> list[tuple[TuckALayer, Decomposition]]:

@@ -139,6 +139,7 @@ class TuckALayer(nn.Module, BaseTunerLayer):
         experts = ExpertTensor.new(
             (groups, per_group, self.in_features, self.out_features if additive else self.in_features),
             (shared_rank, rank),
+            block_width=config.block_width(rank),
             tie_factors=config.tie_factors and not additive,
             shared_expert=config.shared_expert and routed,
             factors_of=factors_of,

@@ -13,7 +13,7 @@ from torch import Tensor
 from .clustering import SLACK, nested_kmeans
 from .config import TuckAConfig
 from .hosvd import Decomposition
-from .ops import choose_group
+from .ops import choose_group, diagonal_blocks
 from .routing import Router
 from .tensors import ExpertTensor
 
@@ -43,17 +43,19 @@ def start_experts(experts: ExpertTensor, config: TuckAConfig) -> None:
 def start_experts_from(experts: ExpertTensor, found: Decomposition, config: TuckAConfig) -> None:
     """Write a decomposition into the experts of a layer: its factors, and zero cores or the cores of a warm start.
 
-    With a shared slice, that holds the mean expert and the core what each group differs by.
+    With a shared slice, that holds the mean expert and the core what each group differs by. Of cores with diagonal
+    blocks, the blocks of the decomposition's are taken.
     """
+    found = found._replace(core=diagonal_blocks(found.core, experts.core.shape[-1]))
     core, shared = torch.zeros_like(found.core), None
     if config.warm_start or config.normalize is True:
         sign = DATA_STARTS[config.init_experts]
-        slices_KTRR = torch.einsum("tp,kpqr->ktqr", found.expert_factor, found.core)
-        norm = slices_KTRR.square().sum((-2, -1)).sqrt().mean()  # of the experts, whose factors are orthonormal
+        slices_KTRW = torch.einsum("tp,kpqr->ktqr", found.expert_factor, found.core)
+        norm = slices_KTRW.square().sum((-2, -1)).sqrt().mean()  # of the experts, whose factors are orthonormal
         scale = sign * (config.warm_start or 1.0) / (config.alpha * norm.clamp_min(torch.finfo(norm.dtype).tiny))
         core = found.core * scale
         if experts.shared_core is not None:
-            shared = slices_KTRR.mean((0, 1)) * scale
+            shared = slices_KTRW.mean((0, 1)) * scale
             # The combination of the expert factor's columns that gives every expert the same, as nearly as they can.
             weights_P = torch.linalg.pinv(found.expert_factor).sum(-1)
             core = core - torch.einsum("p,qr->pqr", weights_P, shared)

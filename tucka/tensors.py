@@ -1,9 +1,10 @@
 """The experts of one layer as one Tucker tensor.
 
 Shape legend: K groups, T experts in a group, D input features, O output features, P rank shared in a group, R rank of
-an expert (see `tucka.ops`).
+an expert, W width of a core's diagonal blocks (see `tucka.ops`).
 
 The tensor 𝒯 ∈ ℝ^{K×T×D×O} has the core 𝒢 ∈ ℝ^{K×P×R×R} and the factors (I_K, C ∈ ℝ^{T×P}, U ∈ ℝ^{D×R}, V ∈ ℝ^{O×R}).
+The matrices of the core may be zero beside diagonal blocks of W×W; then the blocks alone are held, (K, P, R, W).
 A slice 𝒯[i,j] acts on row vectors; for a column vector it is its transpose, V (Σ_p C[j,p] 𝒢[i,p])ᵀ Uᵀ ∈ ℝ^{O×D}.
 """
 
@@ -33,11 +34,12 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
 
     Parameters
     ----------
-    core : Parameter, (K, P, R, R)
+    core : Parameter, (K, P, R, W)
+        The diagonal blocks of its matrices, one under the other; W = R for a full core.
     expert_factor : Parameter, (T, P)
     input_factor : Parameter, (D, R), or None with `factors_of`
     output_factor : Parameter, (O, R), or None where it is the input factor
-    shared_core : Parameter, (R, R), optional
+    shared_core : Parameter, (R, W), optional
     factors_of : ExpertTensor, optional
         Take the D-mode factors of that tensor instead of own ones.
     normalize : {False, True, "bounded"}
@@ -77,7 +79,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         self.lasso = lasso
         tied = (factors_of or self).output_factor is None
         modes = dict(
-            lasso_expert=core.shape[1], lasso_input=core.shape[2], lasso_output=None if tied else core.shape[3]
+            lasso_expert=core.shape[1], lasso_input=core.shape[2], lasso_output=None if tied else core.shape[2]
         )
         for weight_name, size in modes.items():
             weight = nn.Parameter(core.new_ones(size)) if lasso and size is not None else None
@@ -85,10 +87,8 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         # A tuple hides the module from registration: the parameters stay where they were registered first.
         self._factors_of = (factors_of,)
         self.normalize = normalize
-        with tl.backend_context("pytorch", local_threadsafe=True):
-            validated = tl.tucker_tensor.TuckerTensor((core, self._raw_factors()))
-        self.shape, self.rank = validated.shape, validated.rank
-        self.order = len(self.shape)
+        self.order = 4
+        self.measure_()
 
     @classmethod
     def new(
@@ -96,6 +96,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         shape: tuple[int, int, int, int],  # (K, T, D, O)
         rank: tuple[int, int],  # (P, R)
         *,
+        block_width: int | None = None,
         tie_factors: bool = False,
         shared_expert: bool = False,
         factors_of: ExpertTensor | None = None,
@@ -103,8 +104,12 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> ExpertTensor:
-        """Zero experts of that shape and rank; with `tie_factors` (needs D = O) both D-modes are one."""
+        """Zero experts of that shape and rank; with `tie_factors` (needs D = O) both D-modes are one.
+
+        `block_width` is W; default: R, a full core.
+        """
         (k, t, d, o), (p, r) = shape, rank
+        w = block_width or r
         if tie_factors and d != o:
             raise ValueError(f"tied factors need equal D-modes, but the experts map {d} features to {o}")
 
@@ -112,11 +117,11 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
             return nn.Parameter(torch.zeros(size, device=device, dtype=dtype))
 
         return cls(
-            parameter(k, p, r, r),
+            parameter(k, p, r, w),
             parameter(t, p),
             parameter(d, r) if factors_of is None else None,
             parameter(o, r) if factors_of is None and not tie_factors else None,
-            shared_core=parameter(r, r) if shared_expert else None,
+            shared_core=parameter(r, w) if shared_expert else None,
             factors_of=factors_of,
             **options,
         )
@@ -163,7 +168,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
     def shared_slice(self) -> Tensor | None:
         """The always-active slice as it acts, (R, R)."""
         slices = shared_slices([self])
-        return None if slices is None else slices[0, 0]
+        return None if slices is None else ops.block_diagonal(slices[0, 0])
 
     def to_tensor(self) -> Tensor:
         """The formed experts (K, T, D, O), without the shared slice; for small layers and tests."""
@@ -195,11 +200,11 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
     @torch.no_grad()
     def write_(
         self,
-        core: Tensor,  # (K, P, R, R)
+        core: Tensor,  # (K, P, R, W)
         expert_factor: Tensor,  # (T, P)
         input_factor: Tensor | None,  # (D, R); None where another tensor owns it
         output_factor: Tensor | None,  # (O, R); None where another tensor owns it, or it is the input factor
-        shared_core: Tensor | None,  # (R, R)
+        shared_core: Tensor | None,  # (R, W)
     ) -> ExpertTensor:
         """Copy parts that act as given into the parameters, so that an optimiser built before keeps them."""
         if shared_core is not None:
@@ -229,7 +234,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         if mean != 0:
             raise ValueError(f"only mean=0 can be drawn in factored form, got mean={mean}")
         parameters = [self.core, *self._own_factors()] + ([] if self.shared_core is None else [self.shared_core])
-        terms = self.rank[1] * self.rank[2] * self.rank[3]
+        terms = self.core[0].numel()  # products that an entry of the formed tensor is a sum of
         for parameter in parameters:
             nn.init.normal_(parameter, std=(std / terms**0.5) ** 0.25)
         with torch.no_grad():
@@ -266,7 +271,16 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         return [eye, self.expert_factor, self.input_mode, self.output_mode]
 
     def _acting_core(self) -> Tensor:
-        return acting_cores([self], self.core.unsqueeze(0))[0]
+        return ops.block_diagonal(acting_cores([self], self.core.unsqueeze(0))[0])
+
+    def measure_(self) -> None:
+        """Set shape and rank by the parts that are held; `ValueError` if they do not fit together (tensorly)."""
+        rank, width = self.core.shape[-2:]
+        if rank % width:
+            raise ValueError(f"the core's rank r={rank} is not a multiple of its blocks' width {width}")
+        with tl.backend_context("pytorch", local_threadsafe=True):
+            validated = tl.tucker_tensor.TuckerTensor((ops.block_diagonal(self.core.detach()), self._raw_factors()))
+        self.shape, self.rank = validated.shape, validated.rank
 
     @property
     def lasso_weights(self) -> list[nn.Parameter]:

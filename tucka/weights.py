@@ -163,7 +163,8 @@ def expert_shapes(
     k, t, p = (config.k, config.t, config.p) if routed else (1, 1, 1)
     factors: dict[str, Shape] = dict(expert_factor=(t, p), input_factor=(d, r), output_factor=(o, r))
     lasso: dict[str, Shape] = dict(lasso_expert=(p,), lasso_input=(r,), lasso_output=(r,))
-    return {"core": (k, p, r, r), "shared_core": (r, r), **factors, **lasso}
+    w = config.block_width(r)
+    return {"core": (k, p, r, w), "shared_core": (r, w), **factors, **lasso}
 
 
 def router_shapes(config: TuckAConfig, width: int | None) -> dict[str, Shape]:

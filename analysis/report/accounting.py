@@ -31,9 +31,10 @@ def trained_parameters(adapter: Adapter) -> pd.DataFrame:
             sizes["factors"] += layer.input_factor.numel() + (
                 0 if _tied(layer, config) else layer.output_factor.numel()
             )
-        sizes["cores"] += layer.core.numel()
+        width = config.block_width(_rank(layer))
+        sizes["cores"] += layer.core[..., :width].numel()
         sizes["expert factors"] += layer.expert_factor.numel()
-        sizes["shared slices"] += 0 if layer.shared is None else layer.shared.numel()
+        sizes["shared slices"] += 0 if layer.shared is None else layer.shared[:, :width].numel()
     sizes["router"] = sum(router.centroids.numel() for router in adapter.routers)
     return pd.DataFrame(list(sizes.items()), columns=["part", "parameters"])
 

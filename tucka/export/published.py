@@ -104,10 +104,10 @@ def _check_expressible(model: PeftModel, name: str, config: TuckAConfig, ignore:
             )
     for layer in layers_of(model):
         held: Any = layer.tucka_experts
-        if name in held and held[name].core.shape[-1] != config.r:
+        if name in held and held[name].rank[-1] != config.r:
             raise ValueError(
                 f"the published format has one rank, r={config.r}, but layer {layer.name!r} has rank "
-                f"{held[name].core.shape[-1]}"
+                f"{held[name].rank[-1]}"
             )
     routers = dispatchers_of(model, name)
     if len(routers) != 1:

@@ -37,7 +37,7 @@ class Family(NamedTuple):
     @property
     def rank(self) -> int:
         """R."""
-        return self.experts[0].core.shape[-1]
+        return self.experts[0].core.shape[-2]
 
     @property
     def tied(self) -> bool:
@@ -59,11 +59,16 @@ class Family(NamedTuple):
         """Whether a layer has the groups of the configuration: one before the router has a single expert."""
         return self.layers[index].tucka_routed[self.adapter_name]
 
-    def parameters(self, rank: int, p: int | None = None) -> int:
+    @property
+    def width(self) -> int:
+        """W: entries in a row of a core."""
+        return self.experts[0].core.shape[-1]
+
+    def parameters(self, rank: int, p: int | None = None, width: int | None = None) -> int:
         """Trainable parameters at rank R and, in routed layers, shared rank P: factors once, the rest of every layer.
 
-        D·R (tied) or (D + O)·R (nothing where factors are held), and for each layer (K·P + 1 with a shared slice)·R²,
-        T·P, and the weights of a tensor lasso.
+        D·R (tied) or (D + O)·R (nothing where factors are held), and for each layer (K·P + 1 with a shared slice)·R·W,
+        T·P, and the weights of a tensor lasso. W is R, unless given.
         """
         first = self.experts[0]
         columns = len(first.input_mode) + (0 if self.tied else len(first.output_mode))
@@ -73,7 +78,7 @@ class Family(NamedTuple):
             if p is not None and self.routed(index):
                 inner = p
             slices = groups * inner + (0 if experts.shared_core is None else 1)
-            total += slices * rank**2 + per_group * inner
+            total += slices * rank * (width or rank) + per_group * inner
             if experts.lasso_weights:
                 total += inner + (len(experts.lasso_weights) - 1) * rank
         return total
@@ -106,7 +111,8 @@ def router_parameters(model: nn.Module, adapter_name: str) -> int:
 def adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> int:
     """Trainable parameters of an adapter: experts and routers, without heads and biases trained beside it."""
     families = families_of(model, adapter_name)
-    return sum(f.parameters(f.rank) for f in families) + router_parameters(model, families[0].adapter_name)
+    experts = sum(family.parameters(family.rank, width=family.width) for family in families)
+    return experts + router_parameters(model, families[0].adapter_name)
 
 
 def pattern_for(layer_name: str) -> str:

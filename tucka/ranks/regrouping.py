@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config import TuckAConfig
 from ..model import dispatchers_of, layers_of
+from ..ops import diagonal_blocks
 from ..routing import Router
 from .resizing import Carried, Parts, largest_core, one_hot, put, write_config, write_experts
 
@@ -87,7 +88,8 @@ def _parts(experts: Any, plan: Regrouping) -> Parts:
     sum as nothing: as long as their gates are equal nothing changes, and they learn different things.
     """
     core, (_, expert_factor, input_factor, output_factor) = experts.decomposition
-    core, old_TP = core.double()[plan.groups], expert_factor.double()
+    width, shared = experts.core.shape[-1], experts.shared_slice
+    core, old_TP = diagonal_blocks(core.double()[plan.groups], width), expert_factor.double()
     new_TP = old_TP[plan.experts]
     copies = Counter(plan.experts)
     generator = torch.Generator().manual_seed(0)
@@ -103,13 +105,12 @@ def _parts(experts: Any, plan: Regrouping) -> Parts:
         fraction = new_TP.square().sum().sqrt() / norm
         core = core * fraction
         new_TP = new_TP / fraction
-    shared = experts.shared_slice
     return Parts(
         core,
         new_TP,
         None if experts.input_factor is None else input_factor.double(),
         None if experts.output_factor is None else output_factor.double(),
-        None if shared is None else shared.double(),
+        None if shared is None else diagonal_blocks(shared.double(), width),
         {
             "core": {0: one_hot(plan.groups, len(experts.core))},
             "expert_factor": {0: one_hot(plan.experts, len(old_TP))},

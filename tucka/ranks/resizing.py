@@ -3,7 +3,8 @@
 Parameters stay the objects they are, so whoever holds them (an optimiser, a scheduler) keeps them. An optimiser built
 before that is not carried along (`optimizer=`) holds moments of the old shapes, and torch refuses its next step.
 
-Shape legend: K groups, T experts in a group, D and O the D-modes, P and R ranks (see `tucka.ops`).
+Shape legend: K groups, T experts in a group, D and O the D-modes, P and R ranks, W width of a core's diagonal blocks
+(see `tucka.ops`).
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ Maps = dict[str, dict[int, Tensor]]
 class Parts(NamedTuple):
     """Experts of one layer as they shall act, and how gradients follow; factors of another layer are None."""
 
-    core: Tensor  # (K, P, R, R)
+    core: Tensor  # (K, P, R, W)
     expert_factor: Tensor  # (T, P)
     input_factor: Optional[Tensor]  # (D, R)
     output_factor: Optional[Tensor]  # (O, R)
-    shared_core: Optional[Tensor]  # (R, R)
+    shared_core: Optional[Tensor]  # (R, W)
     maps: Maps
 
 
@@ -44,7 +45,7 @@ def largest_core(parts: Parts) -> float:
     """The largest norm of a core of a group, or of the shared slice, over √R: "bounded" cores stay below 1."""
     norms = parts.core.square().sum((1, 2, 3)).sqrt()
     shared = norms[:0] if parts.shared_core is None else parts.shared_core.square().sum().sqrt().view(1)
-    return float(torch.cat([norms, shared]).max() / parts.core.shape[-1] ** 0.5)
+    return float(torch.cat([norms, shared]).max() / parts.core.shape[-2] ** 0.5)
 
 
 # --- what an optimiser remembers -------------------------------------------------------------------------------------
@@ -156,20 +157,31 @@ def write_experts(
     for name, held in own.items():
         if new[name] is not None:
             put(held, new[name])
-    sizes = dict(lasso_expert=core.shape[1], lasso_input=core.shape[2], lasso_output=core.shape[3])
+    sizes = dict(lasso_expert=core.shape[1], lasso_input=core.shape[2], lasso_output=core.shape[2])
     for name, weight in (("lasso_expert", experts.lasso_expert), ("lasso_input", experts.lasso_input),
                          ("lasso_output", experts.lasso_output)):  # fmt: skip
         if weight is not None:
             put(weight, weight.new_ones(sizes[name]))
     experts._rescale_factors_()
-    with tl.backend_context("pytorch", local_threadsafe=True):
-        validated = tl.tucker_tensor.TuckerTensor((experts.core, experts._raw_factors()))
-    experts.shape, experts.rank = validated.shape, validated.rank
+    experts.measure_()
     after = _scales(experts)
     for name, state in carried.items():
         state.put_down(after[name])
     for state in forgotten:
         state.put_down(torch.ones(()))
+
+
+@torch.no_grad()
+def open_blocks(experts: ExpertTensor, optimizer: torch.optim.Optimizer | None) -> None:
+    """Hold full cores, zero beside what were their diagonal blocks; an optimiser remembers as much."""
+    for held in (experts.core, experts.shared_core):
+        if held is None or held.shape[-2] == held.shape[-1]:
+            continue
+        state: dict[str, Any] = {} if optimizer is None else optimizer.state.get(held, {})  # type: ignore[call-overload]
+        for key, entry in state.items():
+            if isinstance(entry, Tensor) and entry.shape == held.shape:
+                state[key] = ops.block_diagonal(entry)
+        put(held, ops.block_diagonal(held))
 
 
 def _own(experts: ExpertTensor) -> dict[str, Tensor]:
@@ -190,7 +202,7 @@ def _scales(experts: ExpertTensor) -> dict[str, Tensor]:
             if experts.normalize is True:
                 ones = ones * torch.where(factor > 0, factor.rsqrt(), torch.ones_like(factor))
             elif experts.normalize:
-                ones = ones * ops.CORE_GAIN * (1 + ops.CORE_GAIN**2 * factor / held.shape[-1]).rsqrt()
+                ones = ones * ops.CORE_GAIN * (1 + ops.CORE_GAIN**2 * factor / held.shape[-2]).rsqrt()
             weigh = weigh_cores if name == "core" else weigh_slices
             found[name] = weigh([experts], ones.unsqueeze(0))[0]
         else:

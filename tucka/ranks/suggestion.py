@@ -70,7 +70,8 @@ def suggest_ranks(
     with measured(model, calibration, config, adapter_name, samples, loss, max_rank, progress) as found:
         families, used, router = found
         units = [_unit(one, used, relative, max_rank) for one in families]
-        ranks = first_process([index + 1 for index in spread(units, budget, router)])
+        chosen = spread(units, budget, router)
+        ranks = first_process([_ranks(one, used, max_rank)[index] for one, index in zip(families, chosen)])
         pattern = {pattern_for(layer.name): rank for one, rank in zip(families, ranks) for layer in one.family.layers}
     suggested = copy.deepcopy(used)
     suggested.rank_pattern, suggested.factor_owners = pattern, None
@@ -79,11 +80,18 @@ def suggest_ranks(
 
 def _unit(one: Measured, config: TuckAConfig, relative: bool, max_rank: int) -> Unit:
     """What ranks of a family cost, and the energy they keep."""
-    largest = min(max_rank, one.family.widest)
-    gains = [0.0] * largest
+    ranks = _ranks(one, config, max_rank)
+    gains = [0.0] * len(ranks)
     for index, (line, energy) in enumerate(zip(one.layers, one.energies)):
         p = config.p if one.family.routed(index) else 1
         kept = line.kept[min(p, len(line.kept)) - 1]
         weight = 1.0 if relative else energy
-        gains = [gain + weight * float(share) for gain, share in zip(gains, kept)]
-    return Unit(one.family.name, [one.family.parameters(rank, config.p) for rank in range(1, largest + 1)], gains)
+        gains = [gain + weight * float(kept[rank - 1]) for gain, rank in zip(gains, ranks)]
+    costs = [one.family.parameters(rank, config.p, config.block_width(rank)) for rank in ranks]
+    return Unit(one.family.name, costs, gains)
+
+
+def _ranks(one: Measured, config: TuckAConfig, max_rank: int) -> list[int]:
+    """The ranks that a family may have: those of whole blocks."""
+    largest = min(max_rank, one.family.widest)
+    return [rank for rank in range(1, largest + 1) if rank % config.block_width(rank) == 0]

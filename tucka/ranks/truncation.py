@@ -22,7 +22,7 @@ from .families import (
     require_reloadable,
     router_parameters,
 )
-from .resizing import Parts, largest_core, unwrapped, write_config, write_experts
+from .resizing import Parts, largest_core, open_blocks, unwrapped, write_config, write_experts
 
 MARGIN = 0.95
 """Norm of the largest core over its bound that "bounded" experts are written with, where α has to make room."""
@@ -106,9 +106,10 @@ def truncate(
     Notes
     -----
     ``normalize=True`` gives the cores of all groups one norm, which leaves no room for the groups of a truncated
-    tensor; such an adapter has ``normalize=False`` afterwards. "bounded" stays, and where a core of fewer columns
-    would exceed its bound, α is raised and the cores lowered alike. Weights of a tensor lasso are multiplied into the
-    cores and start at 1 again.
+    tensor; such an adapter has ``normalize=False`` afterwards. "bounded" stays, and where a core of fewer columns would
+    exceed its bound, α is raised and the cores lowered alike. Cores with diagonal blocks become full ones, which cost
+    R² where blocks cost R·W: what is truncated little may have more parameters after. Weights of a tensor lasso are
+    multiplied into the cores and start at 1 again.
     """
     if sum(given is not None for given in (ranks, energy, budget)) != 1:
         raise ValueError(f"give one of ranks={ranks}, energy={energy} and budget={budget}")
@@ -146,9 +147,10 @@ def truncate(
     lines = [(family.rank, family.shared_ranks) for family in families]
     for family, new in zip(families, parts):
         for experts, part in zip(family.experts, new):
+            open_blocks(experts, optimizer)
             write_experts(experts, part, normalize, optimizer)
     pattern = {pattern_for(x.name): r for f, r in zip(families, chosen) for x in f.layers if r != config.r}
-    changes = dict(rank_pattern=pattern or None, p=shared_rank, alpha=alpha, normalize=normalize)
+    changes = dict(rank_pattern=pattern or None, p=shared_rank, alpha=alpha, normalize=normalize, block_size=None)
     write_config(model, name, **changes)
     return _report(model, families, lines, fits, configs[name], before)
 
@@ -194,7 +196,8 @@ def _asked_rank(family: Family, ranks: Any) -> int:
 
 
 def _by_budget(families: list[Family], reduced: list[Reduced], p: int, budget: int, fixed: int) -> list[int]:
-    if isinstance(budget, int) and fixed + sum(family.parameters(family.rank, p) for family in families) <= budget:
+    held = fixed + sum(family.parameters(family.rank, p, family.width) for family in families)
+    if isinstance(budget, int) and held <= budget:
         return [family.rank for family in families]  # also columns that hold nothing yet may learn something
     units = [
         Unit(
