@@ -259,6 +259,8 @@ def _expert_tensor(
             expert_factor,
             parameter("input_factor"),
             parameter("output_factor"),
+            held_input=parameter("held_input"),
+            held_output=parameter("held_output"),
             shared_core=parameter("shared_core"),
             factors_of=owner,
             normalize=config.normalize,

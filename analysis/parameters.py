@@ -183,12 +183,12 @@ def tucka(shape: LayerShape, config: TuckAConfig) -> int:
 
 def tucka_factors(shape: LayerShape, config: TuckAConfig) -> int:
     """Count the trained factors: U (D×R), and untied a second of that size, or V (O×R) in the additive form."""
-    r = tucka_rank(shape, config)
     if config.trainable == "core":
         return 0
+    columns = config.trained(tucka_rank(shape, config))
     if config.form == "additive":
-        return r * (shape.in_features + shape.out_features)
-    return r * shape.in_features * (1 if config.tie_factors else 2)
+        return columns * (shape.in_features + shape.out_features)
+    return columns * shape.in_features * (1 if config.tie_factors else 2)
 
 
 def tucka_core(shape: LayerShape, config: TuckAConfig) -> int:

@@ -19,7 +19,7 @@ EOS, VOCABULARY = 2, 50
 PLAIN = dict(
     r=8, k=4, t=2, p=2, alpha=4.0, routing="sample", affinity="paper", pooling="mean_std", normalize=False,
     form="multiplicative", share_factors=False, shared_expert=True, trainable="all", init_router="perturb",
-    init_experts="identity", block_size=None,
+    init_experts="identity", block_size=None, trained_columns=None,
 )  # fmt: skip
 """Settings of tests that are about something else: the simplest of each, whatever the library's defaults are."""
 NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)

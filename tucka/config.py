@@ -45,6 +45,7 @@ PAPER = dict(
     share_inputs=False,
     shared_expert=False,
     block_size=None,
+    trained_columns=None,
     trainable="all",
     init_router="perturb",
     init_experts="kaiming",
@@ -106,8 +107,12 @@ class TuckAConfig(PeftConfig):
         their names (see `tucka.plan.INPUT_FAMILIES`); one that is given another tensor after all adapts that.
     shared_expert : bool
         One always-active R×R slice beside the routed groups.
+    trained_columns : int, optional
+        How many columns of every D-mode factor train, the leading ones; the others stay where they start, and cost
+        parameters in the cores alone. None: all.
     trainable : {"all", "core"}
-        Train everything, or hold the D-mode factors and train the cores, the expert factors and the router.
+        Train everything but what `trained_columns` holds, or hold the D-mode factors and train the cores, the expert
+        factors and the router.
     init_router : {"perturb", "kaiming", "kmeans", "kmeans_balanced"}
         Start of the centroids. "perturb" (paper): the first batch's feature, and that feature plus
         U(−1, 1)·`perturb_scale` per entry; "kaiming": data-free; "kmeans": k-means of the calibration's features gives
@@ -181,6 +186,7 @@ class TuckAConfig(PeftConfig):
     share_inputs: bool = _help("Layers that read one tensor share one adapted input (multiplicative form).", False)
     shared_expert: bool = _help("One always-active slice beside the routed groups.", True)
     trainable: str = _help("'all', or 'core' to hold the D-mode factors.", "all")
+    trained_columns: Optional[int] = _help("Columns of the D-mode factors that train; None: all.", None)
     init_router: str = _help("Start of the centroids: 'perturb', 'kaiming', 'kmeans' or 'kmeans_balanced'.", "kmeans")
     init_experts: str = _help("Start of the experts: 'identity', 'kaiming', 'hosvd' or 'gradient'.", "gradient")
     warm_start: float = _help("Norm of the experts that 'hosvd' and 'gradient' start with; 0: the base model.", 0.0)
@@ -255,6 +261,10 @@ class TuckAConfig(PeftConfig):
     def block_width(self, rank: int) -> int:
         """W, entries in a row of a core of that rank."""
         return min(self.block_size or rank, rank)
+
+    def trained(self, rank: int) -> int:
+        """Columns of a factor of that rank that are no buffer of their own (`held_input`, `held_output`)."""
+        return rank if self.trained_columns is None or self.trainable == "core" else min(self.trained_columns, rank)
 
     def require_blocks(self, rank: int, where: str) -> None:
         """Refuse, by `ValueError`, a rank that is not made of whole blocks."""
@@ -347,6 +357,8 @@ def validate(config: TuckAConfig) -> None:
             raise ValueError(f"{name}={getattr(config, name)!r} is neither True nor False")
     if config.block_size is not None:
         _check_count("block_size", config.block_size)
+    if config.trained_columns is not None:
+        _check_count("trained_columns", config.trained_columns)
     config.require_blocks(config.r, f"r={config.r}")
     for pattern, rank in (config.rank_pattern or {}).items():
         _check_count(f"rank_pattern[{pattern!r}]", rank)

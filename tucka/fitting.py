@@ -227,11 +227,14 @@ def _parts(config: TuckAConfig, plan: LayerPlan) -> list[str]:
     if plan.input_of is not None:
         return []
     tied = config.tie_factors and config.form == "multiplicative"
+    owns, holds = plan.factors_of is None, config.trained(plan.rank) < plan.rank
     present = dict(
         core=True,
         expert_factor=True,
-        input_factor=plan.factors_of is None,
-        output_factor=plan.factors_of is None and not tied,
+        input_factor=owns,
+        output_factor=owns and not tied,
+        held_input=owns and holds,
+        held_output=owns and holds and not tied,
         shared_core=config.shared_expert and plan.routed,
         lasso_expert=config.lasso > 0,
         lasso_input=config.lasso > 0,

@@ -323,7 +323,7 @@ class MomentCollector:
                 [self.moments[layer] for layer in family],
                 [tuple(experts.shape[:2]) for experts in tensors],
                 [tuple(experts.core.shape[1:3]) for experts in tensors],
-                tied=tensors[0].input_mode is tensors[0].output_mode,
+                tied=tensors[0].tied,
             )
             found += zip(family, parts)
         return found
@@ -334,7 +334,7 @@ class MomentCollector:
         for layer in self.layers:
             if layer in self.moments:
                 experts: Any = layer.tucka_experts[self.name]
-                families.setdefault(id(experts.input_mode), []).append(layer)
+                families.setdefault(id(experts.owner), []).append(layer)
         return list(families.values())
 
 

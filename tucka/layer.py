@@ -51,6 +51,7 @@ class Update(NamedTuple):
     projected: Tensor  # (..., R)
     mix: Tensor  # (N, R, R)
     output_mode: Tensor  # (O, R)
+    columns: int  # of the factors that train, unless none does
 
 
 def _added(onto: Tensor, updates: list[Update], form: str, owned: bool) -> Tensor:
@@ -58,7 +59,8 @@ def _added(onto: Tensor, updates: list[Update], form: str, owned: bool) -> Tenso
     for update in updates:
         if update.form == form:
             factor = update.output_mode.to(onto)
-            onto = passes.add_update(onto, update.projected, update.mix, factor, owned, overwrite=form == "additive")
+            overwrite = form == "additive"
+            onto = passes.add_update(onto, update.projected, update.mix, factor, owned, overwrite, update.columns)
     return onto
 
 
@@ -140,6 +142,7 @@ class TuckALayer(nn.Module, BaseTunerLayer):
             (groups, per_group, self.in_features, self.out_features if additive else self.in_features),
             (shared_rank, rank),
             block_width=config.block_width(rank),
+            trained_columns=config.trained(rank),
             tie_factors=config.tie_factors and not additive,
             shared_expert=config.shared_expert and routed,
             factors_of=factors_of,
@@ -186,8 +189,9 @@ class TuckALayer(nn.Module, BaseTunerLayer):
             mix, (input_mode, output_mode) = self._mix(name, source), self.modes(name)
             if dtype == torch.float16:
                 input_mode, mix, output_mode = passes.within_range(input_mode, mix, output_mode)
-            x, projected = passes.project(x, input_mode.to(x.device, dtype), owned)
-            updates.append(Update(self.tucka_form[name], projected, mix.to(dtype), output_mode))
+            columns = self.experts_of(name).owner.trained_columns
+            x, projected = passes.project(x, input_mode.to(x.device, dtype), owned, columns)
+            updates.append(Update(self.tucka_form[name], projected, mix.to(dtype), output_mode, columns))
             if len(names) == 1 and name not in self.tucka_input_of and self._decodes:
                 current, form = self.dispatcher.current, self.tucka_form[name]
                 overwrite = owned and form == "additive"
@@ -237,7 +241,7 @@ class TuckALayer(nn.Module, BaseTunerLayer):
     def modes(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """U (D, R) and V (O, R) of an adapter, whole where processes hold parts of them."""
         experts = self.experts_of(adapter_name)
-        return self.dispatcher.whole(experts.input_mode), self.dispatcher.whole(experts.output_mode)
+        return experts.modes(self.dispatcher.whole)
 
     @contextmanager
     def bare(self) -> Iterator[None]:

@@ -58,7 +58,9 @@ class Mixer:
         ]
         # Once seen, for good: blocks that an evaluation has left whole reduce their gradients one by one in backward.
         experts = [layer.experts_of(adapter_name) for layer in layers]
-        self.apart = self.apart or any(is_lent(own.core, ndim=4) or is_lent(own.input_mode, ndim=2) for own in experts)
+        self.apart = self.apart or any(
+            is_lent(own.core, ndim=4) or is_lent(own.owner.input_factor, ndim=2) for own in experts
+        )
         scope.by_layer = self.apart
         if scope.by_layer:
             return
@@ -103,6 +105,6 @@ def _state(experts: Iterable[Any]) -> list[tuple[int, int]]:
     """Where the values of all parameters lie and how often they were written to."""
     found: dict[int, Tensor] = {}
     for tensor in experts:
-        for value in (*tensor.parameters(), *tensor.buffers(), tensor.input_mode, tensor.output_mode):
-            found[id(value)] = value
+        for held in (tensor, tensor.owner):
+            found |= {id(value): value for value in (*held.parameters(), *held.buffers())}
     return [(value.data_ptr(), 0 if value.is_inference() else value._version) for value in found.values()]

@@ -46,8 +46,7 @@ def mix_layers(
     elif mix is None:
         mix = first.core.new_zeros(len(layers), 1, *first.core.shape[-2:])
     if first.normalize:
-        modes = modes or [(layer.input_mode, layer.output_mode) for layer in layers]
-        norms = _mode_norms(modes, first.core.device)
+        norms = _mode_norms(layers, modes, first.core.device)
         mix = mix * (_bound(first, first.core.shape[-2]) ** 2 / norms).view(-1, 1, 1, 1)
     return ops.block_diagonal(mix)
 
@@ -103,13 +102,15 @@ def weigh_slices(layers: Sequence[ExpertTensor], core: Tensor) -> Tensor:
     return core * rows * columns_LRW.view(len(layers), *ones, -1, width)
 
 
-def _mode_norms(modes: Sequence[Modes], device: torch.device) -> Tensor:  # (L,)
-    """‖U‖ ‖V‖ of every layer; the norm of a factor that layers share is taken once."""
-    norms: dict[int, Tensor] = {}
-    for factor in (factor for pair in modes for factor in pair):
-        if id(factor) not in norms:
-            norms[id(factor)] = torch.linalg.vector_norm(factor).to(device)
-    inputs, outputs = (torch.stack([norms[id(factor)] for factor in column]) for column in zip(*modes))
+def _mode_norms(layers: Sequence[ExpertTensor], modes: Sequence[Modes] | None, device: torch.device) -> Tensor:  # (L,)
+    """‖U‖ ‖V‖ of every layer; the norms of factors that layers share are taken once."""
+    norms: dict[int, tuple[Tensor, Tensor]] = {}
+    for index, layer in enumerate(layers):
+        if id(layer.owner) not in norms:
+            u, v = layer.modes() if modes is None else modes[index]
+            of_u = torch.linalg.vector_norm(u).to(device)
+            norms[id(layer.owner)] = of_u, of_u if layer.tied else torch.linalg.vector_norm(v).to(device)
+    inputs, outputs = (torch.stack(column) for column in zip(*(norms[id(layer.owner)] for layer in layers)))
     return ops.safe_product(inputs, outputs)
 
 

@@ -20,7 +20,8 @@ from .state import adapted_names_in, modernise_targets, read_published_weights, 
 from .targets import DEFAULT_TARGETS
 from .towers import Attachment, Tower
 
-TENSOR_NAMES = ("core", "expert_factor", "input_factor", "output_factor", "shared_core")
+FACTOR_NAMES = ("expert_factor", "input_factor", "output_factor", "held_input", "held_output")
+TENSOR_NAMES = ("core", "shared_core", *FACTOR_NAMES)
 LASSO_NAMES = ("lasso_expert", "lasso_input", "lasso_output")
 ROUTER_NAMES = ("centroids", "initialised", "balance_bias", "center", "scale", "axes", "spread", "log_share")
 RESERVED_NAMES = frozenset([*TENSOR_NAMES, *LASSO_NAMES, *ROUTER_NAMES])

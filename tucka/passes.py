@@ -6,7 +6,8 @@ to the one the base layer sends back, and it writes the output a second time. He
 completes its gradient in place, by one fused product and sum, and `add_update` adds to the output where it lies. Both
 write to tensors of others, so `may_overwrite` asks first; where it says no, the plain operations of `tucka.ops` serve.
 
-For backward they keep x, if U is trained, and the (N, S, R) projection.
+For backward they keep x, if U is trained, and the (N, S, R) projection. Of a factor of which `columns` train, the
+gradient of these alone is computed.
 
 Shape legend: N routed units, S rows of a unit, D and O input and output features, R rank (see `tucka.ops`).
 """
@@ -75,10 +76,11 @@ def project(
     x: Tensor,  # (..., D)
     input_factor: Tensor,  # (D, R)
     owned: bool,
+    columns: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # (..., D), (..., R)
     """x, and x U. An `owned` x goes to a layer whose `may_overwrite` holds, and to nothing else."""
     if owned and torch.is_grad_enabled():
-        return _Project.apply(x, input_factor)
+        return _Project.apply(x, input_factor, columns)
     return x, x.to(input_factor.dtype) @ input_factor
 
 
@@ -89,6 +91,7 @@ def add_update(
     output_factor: Tensor,  # (O, R)
     owned: bool,
     overwrite: bool,
+    columns: int | None = None,
 ) -> Tensor:  # (..., O)
     """Onto + ((x U) M) Vᵀ; with `overwrite`, in the memory of an `owned` tensor, which nobody may read any more."""
     if not owned:
@@ -96,7 +99,7 @@ def add_update(
     projected = ops.by_unit(projected, mix.shape[0])
     if not torch.is_grad_enabled():  # what autograd asks of every call is a good part of a small one
         return _updated(onto, projected, mix, output_factor, overwrite)
-    return _AddUpdate.apply(onto, projected, mix, output_factor, overwrite)
+    return _AddUpdate.apply(onto, projected, mix, output_factor, overwrite, columns)
 
 
 def _updated(onto: Tensor, projected: Tensor, mix: Tensor, output_factor: Tensor, overwrite: bool) -> Tensor:
@@ -117,7 +120,10 @@ def add_product(
 
 class _Project(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, input_factor: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, input_factor: Tensor, columns: int | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.columns = columns
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, input_factor)
         return x.view_as(x), x @ input_factor
 
@@ -125,17 +131,26 @@ class _Project(Function):
     def backward(ctx: Any, grad_x: Tensor, grad_projected: Tensor) -> tuple:  # type: ignore[override]
         x, input_factor = ctx.saved_tensors
         grad_projected = _rows(grad_projected)
-        grad_factor = (grad_projected.mT @ _rows(x)).mT if ctx.needs_input_grad[1] else None
+        grad_factor = None
+        if ctx.needs_input_grad[1]:
+            grad_factor = _padded(grad_projected[:, : ctx.columns].mT @ _rows(x), input_factor.shape[1])
         if not ctx.needs_input_grad[0]:
-            return None, grad_factor
-        return _rows(grad_x).addmm_(grad_projected, input_factor.mT).view(grad_x.shape), grad_factor
+            return None, grad_factor, None
+        return _rows(grad_x).addmm_(grad_projected, input_factor.mT).view(grad_x.shape), grad_factor, None
 
 
 class _AddUpdate(Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, onto: Tensor, projected: Tensor, mix: Tensor, output_factor: Tensor, overwrite: bool
+        ctx: Any,
+        onto: Tensor,
+        projected: Tensor,
+        mix: Tensor,
+        output_factor: Tensor,
+        overwrite: bool,
+        columns: int | None,
     ) -> Tensor:
+        ctx.columns = columns
         ctx.save_for_backward(projected, mix, output_factor)
         return _updated(onto, projected, mix, output_factor, overwrite)
 
@@ -147,8 +162,20 @@ class _AddUpdate(Function):
         grad_projected = torch.bmm(grad_mixed, mix.mT) if ctx.needs_input_grad[1] else None
         grad_mix = torch.bmm(projected.mT, grad_mixed) if ctx.needs_input_grad[2] else None
         # Mixing again costs less than keeping another tensor of that size.
-        grad_factor = (_rows(torch.bmm(projected, mix)).mT @ rows).mT if ctx.needs_input_grad[3] else None
-        return grad, grad_projected, grad_mix, grad_factor, None
+        grad_factor = None
+        if ctx.needs_input_grad[3]:
+            mixed = _rows(torch.bmm(projected, mix[..., : ctx.columns]))
+            grad_factor = _padded(mixed.mT @ rows, output_factor.shape[1])
+        return grad, grad_projected, grad_mix, grad_factor, None, None
+
+
+def _padded(
+    rows: Tensor,  # (columns that train, D)
+    rank: int,
+) -> Tensor:  # (D, R)
+    """The gradient of a factor whose other columns have none."""
+    missing = rank - rows.shape[0]
+    return (torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows).mT
 
 
 def _rows(x: Tensor) -> Tensor:

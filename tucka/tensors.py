@@ -10,6 +10,7 @@ A slice 𝒯[i,j] acts on row vectors; for a column vector it is its transpose, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import tensorly as tl
@@ -26,19 +27,31 @@ FACTOR_ENTRY = 1 / 32
 learning rate (Adam) turns the factor, whatever the width."""
 
 
+def joined(
+    trained: Tensor,  # (D, Q)
+    held: Tensor | None,  # (D, R − Q)
+) -> Tensor:  # (D, R)
+    """A D-mode factor of the columns that train and those that are held."""
+    return trained if held is None else torch.cat([trained, held], dim=1)
+
+
 class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg]
     """A `tltorch.TuckerTensor` whose group mode is fixed to the identity and whose D-modes may be one.
 
     Only free parameters are registered, each once: `core`, `expert_factor` (C), `input_factor` (U), `output_factor`
-    (V, unless tied), `shared_core` (the always-active slice, if any) and the weights of a tensor lasso (if any).
+    (V, unless tied), `shared_core` (the always-active slice, if any) and the weights of a tensor lasso (if any). Where
+    only the leading columns of U and V train, the factors are these, and buffers hold the others.
 
     Parameters
     ----------
     core : Parameter, (K, P, R, W)
         The diagonal blocks of its matrices, one under the other; W = R for a full core.
     expert_factor : Parameter, (T, P)
-    input_factor : Parameter, (D, R), or None with `factors_of`
-    output_factor : Parameter, (O, R), or None where it is the input factor
+    input_factor : Parameter, (D, Q), or None with `factors_of`
+        The columns of U that train: all R, unless others are held.
+    output_factor : Parameter, (O, Q), or None where it is the input factor
+    held_input, held_output : Tensor, (D, R − Q) and (O, R − Q), optional
+        The columns of U and V that are held.
     shared_core : Parameter, (R, W), optional
     factors_of : ExpertTensor, optional
         Take the D-mode factors of that tensor instead of own ones.
@@ -60,6 +73,8 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         input_factor: nn.Parameter | None,
         output_factor: nn.Parameter | None = None,
         *,
+        held_input: Tensor | None = None,
+        held_output: Tensor | None = None,
         shared_core: nn.Parameter | None = None,
         factors_of: ExpertTensor | None = None,
         normalize: bool | str = False,
@@ -75,6 +90,8 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
                 self.register_buffer(factor_name, factor.data)
             else:
                 self.register_parameter(factor_name, factor)
+        self.register_buffer("held_input", held_input)
+        self.register_buffer("held_output", held_output)
         self.register_parameter("shared_core", shared_core)
         self.lasso = lasso
         tied = (factors_of or self).output_factor is None
@@ -97,6 +114,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         rank: tuple[int, int],  # (P, R)
         *,
         block_width: int | None = None,
+        trained_columns: int | None = None,
         tie_factors: bool = False,
         shared_expert: bool = False,
         factors_of: ExpertTensor | None = None,
@@ -106,21 +124,28 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
     ) -> ExpertTensor:
         """Zero experts of that shape and rank; with `tie_factors` (needs D = O) both D-modes are one.
 
-        `block_width` is W; default: R, a full core.
+        `block_width` is W; default: R, a full core. Of U and V `trained_columns` columns train; default: all.
         """
         (k, t, d, o), (p, r) = shape, rank
-        w = block_width or r
+        w, q = block_width or r, r if trained_columns is None else min(trained_columns, r)
+        owns_input = factors_of is None
+        owns_output = owns_input and not tie_factors
         if tie_factors and d != o:
             raise ValueError(f"tied factors need equal D-modes, but the experts map {d} features to {o}")
 
         def parameter(*size: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(size, device=device, dtype=dtype))
 
+        def held(width: int) -> Tensor:
+            return torch.zeros(width, r - q, device=device, dtype=dtype)
+
         return cls(
             parameter(k, p, r, w),
             parameter(t, p),
-            parameter(d, r) if factors_of is None else None,
-            parameter(o, r) if factors_of is None and not tie_factors else None,
+            parameter(d, q) if owns_input else None,
+            parameter(o, q) if owns_output else None,
+            held_input=held(d) if owns_input and q < r else None,
+            held_output=held(o) if owns_output and q < r else None,
             shared_core=parameter(r, w) if shared_expert else None,
             factors_of=factors_of,
             **options,
@@ -144,14 +169,30 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
     @property
     def input_mode(self) -> Tensor:
         """U, (D, R), unnormalised."""
-        owner = self._factors_of[0] or self
-        return owner.input_factor
+        return self.modes()[0]
 
     @property
     def output_mode(self) -> Tensor:
         """V, (O, R), unnormalised; U where the D-modes are tied."""
-        owner = self._factors_of[0] or self
-        return owner.input_factor if owner.output_factor is None else owner.output_factor
+        return self.modes()[1]
+
+    @property
+    def owner(self) -> ExpertTensor:
+        """The tensor that holds this one's D-mode factors."""
+        return self._factors_of[0] or self
+
+    @property
+    def tied(self) -> bool:
+        """Whether both D-modes are one factor."""
+        return self.owner.output_factor is None
+
+    def modes(self, whole: Callable[[Tensor], Tensor] = lambda factor: factor) -> tuple[Tensor, Tensor]:
+        """U and V, unnormalised; `whole` gathers a factor that processes hold parts of."""
+        owner = self.owner
+        input_mode = joined(whole(owner.input_factor), owner.held_input)
+        if owner.output_factor is None:
+            return input_mode, input_mode
+        return input_mode, joined(whole(owner.output_factor), owner.held_output)
 
     @property
     def factors(self) -> list[Tensor]:
@@ -193,8 +234,9 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         nn.init.zeros_(self.core)
         if self.shared_core is not None:
             nn.init.zeros_(self.shared_core)
-        for factor in self._own_factors():
-            nn.init.orthogonal_(factor)
+        for trained, held in self._own_factors():
+            whole = torch.empty_like(joined(trained.detach(), held))
+            _split_(nn.init.orthogonal_(whole), trained, held)
         return self._rescale_factors_()
 
     @torch.no_grad()
@@ -209,11 +251,14 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         """Copy parts that act as given into the parameters, so that an optimiser built before keeps them."""
         if shared_core is not None:
             shared_core = self._unscaled(shared_core, (0, 1))
-        parts = (self._unscaled(core, (1, 2, 3)), expert_factor, input_factor, output_factor, shared_core)
-        own = (self.core, self.expert_factor, self.input_factor, self.output_factor, self.shared_core)
-        for parameter, part in zip(own, parts):
+        cores = ((self.core, self._unscaled(core, (1, 2, 3))), (self.shared_core, shared_core))
+        for parameter, part in (*cores, (self.expert_factor, expert_factor)):
             if parameter is not None and part is not None:
                 parameter.copy_(part)
+        for trained, held, mode in ((self.input_factor, self.held_input, input_factor),
+                                    (self.output_factor, self.held_output, output_factor)):  # fmt: skip
+            if trained is not None and mode is not None:
+                _split_(mode, trained, held)
         for weight in self.lasso_weights:
             weight.fill_(1)
         return self._rescale_factors_()
@@ -225,7 +270,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
             self.core.copy_(start.expand_as(self.core))
             if self.shared_core is not None:
                 self.shared_core.copy_(start)
-        for factor in self._own_factors():
+        for factor in _parts_of(self._own_factors()):
             nn.init.kaiming_uniform_(factor, a=5**0.5, mode="fan_out")
         return self._rescale_factors_()
 
@@ -233,10 +278,10 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         """Random parameters under which an entry of the formed tensor has that standard deviation."""
         if mean != 0:
             raise ValueError(f"only mean=0 can be drawn in factored form, got mean={mean}")
-        parameters = [self.core, *self._own_factors()] + ([] if self.shared_core is None else [self.shared_core])
+        parts = [self.core, *_parts_of(self._own_factors())] + ([] if self.shared_core is None else [self.shared_core])
         terms = self.core[0].numel()  # products that an entry of the formed tensor is a sum of
-        for parameter in parameters:
-            nn.init.normal_(parameter, std=(std / terms**0.5) ** 0.25)
+        for part in parts:
+            nn.init.normal_(part, std=(std / terms**0.5) ** 0.25)
         with torch.no_grad():
             for core in (self.core, self.shared_core):
                 if core is not None:
@@ -251,8 +296,11 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
     def _rescale_factors_(self) -> ExpertTensor:
         """Factors that act divided by their norms may be stored at any scale."""
         if self.normalize == "bounded":
-            for factor in self._own_factors():
-                factor.mul_(FACTOR_ENTRY * factor.numel() ** 0.5 / ops.safe_norm(factor))
+            for trained, held in self._own_factors():
+                whole = joined(trained, held)
+                scale = FACTOR_ENTRY * whole.numel() ** 0.5 / ops.safe_norm(whole)
+                for part in _parts_of([(trained, held)]):
+                    part.mul_(scale)
         return self
 
     def _norm(self, factor: Tensor) -> Tensor | float:
@@ -262,13 +310,14 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         norm = ops.safe_norm(factor)
         return norm if self.normalize is True else norm / factor.shape[1] ** 0.5
 
-    def _own_factors(self) -> list[Tensor]:
-        owned = (self.expert_factor, self.input_factor, self.output_factor)
-        return [factor for factor in owned if factor is not None]
+    def _own_factors(self) -> list[tuple[Tensor, Tensor | None]]:
+        """C, and U and V where they are this tensor's own: the columns that train, and those held."""
+        modes = (self.input_factor, self.held_input), (self.output_factor, self.held_output)
+        return [(self.expert_factor, None), *((trained, held) for trained, held in modes if trained is not None)]
 
     def _raw_factors(self) -> list[Tensor]:
         eye = torch.eye(self.core.shape[0], device=self.core.device, dtype=self.core.dtype)
-        return [eye, self.expert_factor, self.input_mode, self.output_mode]
+        return [eye, self.expert_factor, *self.modes()]
 
     def _acting_core(self) -> Tensor:
         return ops.block_diagonal(acting_cores([self], self.core.unsqueeze(0))[0])
@@ -281,6 +330,8 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         with tl.backend_context("pytorch", local_threadsafe=True):
             validated = tl.tucker_tensor.TuckerTensor((ops.block_diagonal(self.core.detach()), self._raw_factors()))
         self.shape, self.rank = validated.shape, validated.rank
+        held = self.owner.held_input
+        self.trained_columns = rank - (0 if held is None else held.shape[1])  # of U and V, unless all are held
 
     @property
     def lasso_weights(self) -> list[nn.Parameter]:
@@ -295,3 +346,16 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
     def _unscaled(self, core: Tensor, dim: tuple[int, ...]) -> Tensor:
         """The core that acts as this one."""
         return ops.unscale_core(core, dim, least_room=1e-2) if self.normalize == "bounded" else core
+
+
+def _parts_of(factors: list[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    """All parts of factors that there are."""
+    return [part for pair in factors for part in pair if part is not None]
+
+
+@torch.no_grad()
+def _split_(whole: Tensor, trained: Tensor, held: Tensor | None) -> None:
+    """Write the columns of a factor to the part that trains and the part that is held."""
+    trained.copy_(whole[:, : trained.shape[1]])
+    if held is not None:
+        held.copy_(whole[:, trained.shape[1] :])

@@ -161,7 +161,9 @@ def expert_shapes(
 ) -> dict[str, Shape]:
     """Shapes of every tensor that the experts of a layer can have; one that runs before the router has one expert."""
     k, t, p = (config.k, config.t, config.p) if routed else (1, 1, 1)
-    factors: dict[str, Shape] = dict(expert_factor=(t, p), input_factor=(d, r), output_factor=(o, r))
+    q = config.trained(r)
+    factors: dict[str, Shape] = dict(expert_factor=(t, p), input_factor=(d, q), output_factor=(o, q))
+    factors |= dict(held_input=(d, r - q), held_output=(o, r - q))
     lasso: dict[str, Shape] = dict(lasso_expert=(p,), lasso_input=(r,), lasso_output=(r,))
     w = config.block_width(r)
     return {"core": (k, p, r, w), "shared_core": (r, w), **factors, **lasso}

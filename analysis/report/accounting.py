@@ -28,9 +28,8 @@ def trained_parameters(adapter: Adapter) -> pd.DataFrame:
     sizes = dict.fromkeys(("factors", "cores", "expert factors", "shared slices"), 0)
     for layer in adapter.layers:
         if layer.name not in borrowers and not held:
-            sizes["factors"] += layer.input_factor.numel() + (
-                0 if _tied(layer, config) else layer.output_factor.numel()
-            )
+            modes = (layer.input_factor,) if _tied(layer, config) else (layer.input_factor, layer.output_factor)
+            sizes["factors"] += config.trained(_rank(layer)) * sum(map(len, modes))
         width = config.block_width(_rank(layer))
         sizes["cores"] += layer.core[..., :width].numel()
         sizes["expert factors"] += layer.expert_factor.numel()

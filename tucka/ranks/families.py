@@ -42,7 +42,7 @@ class Family(NamedTuple):
     @property
     def tied(self) -> bool:
         """Whether both D-modes are one."""
-        return self.experts[0].input_mode is self.experts[0].output_mode
+        return self.experts[0].tied
 
     @property
     def shared_ranks(self) -> list[int]:
@@ -64,15 +64,22 @@ class Family(NamedTuple):
         """W: entries in a row of a core."""
         return self.experts[0].core.shape[-1]
 
-    def parameters(self, rank: int, p: int | None = None, width: int | None = None) -> int:
+    @property
+    def columns(self) -> int | None:
+        """Columns of every factor that train where others are held; None: all train, or none."""
+        owner = self.experts[0].owner
+        return None if owner.held_input is None else owner.trained_columns
+
+    def parameters(self, rank: int, p: int | None = None, width: int | None = None, columns: int | None = None) -> int:
         """Trainable parameters at rank R and, in routed layers, shared rank P: factors once, the rest of every layer.
 
-        D·R (tied) or (D + O)·R (nothing where factors are held), and for each layer (K·P + 1 with a shared slice)·R·W,
-        T·P, and the weights of a tensor lasso. W is R, unless given.
+        D·R (tied) or (D + O)·R (of columns that are not held), and for each layer (K·P + 1 with a shared slice)·R·W,
+        T·P, and the weights of a tensor lasso. W is R, and as many columns train as do now, unless given.
         """
         first = self.experts[0]
-        columns = len(first.input_mode) + (0 if self.tied else len(first.output_mode))
-        total = columns * rank if isinstance(first.input_factor, nn.Parameter) else 0
+        widths = len(first.input_mode) + (0 if self.tied else len(first.output_mode))
+        trained = min(rank, columns or self.columns or rank) if isinstance(first.input_factor, nn.Parameter) else 0
+        total = widths * trained
         for index, experts in enumerate(self.experts):
             groups, inner, per_group = len(experts.core), experts.core.shape[1], len(experts.expert_factor)
             if p is not None and self.routed(index):

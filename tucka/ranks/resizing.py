@@ -21,13 +21,16 @@ from .. import ops
 from ..mixing import weigh_cores, weigh_slices
 from ..model import layers_of
 from ..processes import is_distributed
-from ..tensors import ExpertTensor
+from ..tensors import ExpertTensor, joined
 
 SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta")
 """State entries of torch's optimisers that hold squares of what they average."""
 
-Maps = dict[str, dict[int, Tensor]]
-"""Of every parameter, the matrix (new, old) that its gradient is multiplied by along each mode."""
+FACTORS = {"input_factor": "held_input", "output_factor": "held_output"}
+"""D-mode factors, and the buffers of their columns that do not train."""
+
+Maps = dict[str, Optional[dict[int, Tensor]]]
+"""Of every parameter, the matrix (new, old) that its gradient is multiplied by along each mode; None: it forgets."""
 
 
 class Parts(NamedTuple):
@@ -155,8 +158,11 @@ def write_experts(
         shared = None if shared is None else ops.unscale_core(shared, (0, 1))
     new = dict(parts._asdict(), core=core, shared_core=shared)
     for name, held in own.items():
-        if new[name] is not None:
+        if new[name] is not None and name not in FACTORS:
             put(held, new[name])
+    for name, rest in FACTORS.items():
+        if name in own and new[name] is not None:
+            _put_factor(experts, name, rest, new[name])
     sizes = dict(lasso_expert=core.shape[1], lasso_input=core.shape[2], lasso_output=core.shape[2])
     for name, weight in (("lasso_expert", experts.lasso_expert), ("lasso_input", experts.lasso_input),
                          ("lasso_output", experts.lasso_output)):  # fmt: skip
@@ -169,6 +175,17 @@ def write_experts(
         state.put_down(after[name])
     for state in forgotten:
         state.put_down(torch.ones(()))
+
+
+def _put_factor(experts: ExpertTensor, name: str, rest: str, value: Tensor) -> None:
+    """Give a factor other columns, those held among them; as many train as before, if there are as many."""
+    held = getattr(experts, rest)
+    columns = value.shape[1] if held is None else experts.trained_columns
+    put(getattr(experts, name), value[:, :columns])
+    if held is not None and value.shape[1] > columns:
+        put(held, value[:, columns:])
+    else:
+        experts.register_buffer(rest, None)
 
 
 @torch.no_grad()
@@ -206,7 +223,8 @@ def _scales(experts: ExpertTensor) -> dict[str, Tensor]:
             weigh = weigh_cores if name == "core" else weigh_slices
             found[name] = weigh([experts], ones.unsqueeze(0))[0]
         else:
-            found[name] = torch.as_tensor(1 / experts._norm(held), device=held.device)
+            mode = joined(held, getattr(experts, FACTORS[name])) if name in FACTORS else held
+            found[name] = torch.as_tensor(1 / experts._norm(mode), device=held.device)
     return found
 
 

@@ -87,7 +87,7 @@ def _unit(one: Measured, config: TuckAConfig, relative: bool, max_rank: int) -> 
         kept = line.kept[min(p, len(line.kept)) - 1]
         weight = 1.0 if relative else energy
         gains = [gain + weight * float(kept[rank - 1]) for gain, rank in zip(gains, ranks)]
-    costs = [one.family.parameters(rank, config.p, config.block_width(rank)) for rank in ranks]
+    costs = [one.family.parameters(rank, config.p, config.block_width(rank), config.trained(rank)) for rank in ranks]
     return Unit(one.family.name, costs, gains)
 
 

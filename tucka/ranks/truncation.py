@@ -278,8 +278,9 @@ def _parts_of(family: Family, reduced: Reduced, found: Fit) -> list[Parts]:
                     "core": {1: from_p.mT, 2: from_u.mT, 3: from_v.mT},
                     "shared_core": {0: from_u.mT, 1: from_v.mT},
                     "expert_factor": {1: torch.linalg.pinv(new_Tp) @ acting_TP},
-                    "input_factor": {1: to_u},
-                    "output_factor": {1: to_v},
+                    # Columns that train are mixed with those that are held, whose gradients nothing remembers.
+                    "input_factor": {1: to_u} if experts.owner.held_input is None else None,
+                    "output_factor": {1: to_v} if experts.owner.held_input is None else None,
                 },
             )
         )
@@ -291,7 +292,7 @@ def _lowered(parts: Parts, by: float) -> Parts:
     shared = None if parts.shared_core is None else parts.shared_core / by
     maps = dict(parts.maps)
     for name in ("core", "shared_core"):
-        (mode, matrix), *others = maps[name].items()
+        (mode, matrix), *others = (maps[name] or {}).items()
         maps[name] = {mode: matrix * by, **dict(others)}
     return parts._replace(core=parts.core / by, shared_core=shared, maps=maps)
 
