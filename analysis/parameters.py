@@ -192,7 +192,7 @@ def tucka_factors(shape: LayerShape, config: TuckAConfig) -> int:
 
 
 def tucka_core(shape: LayerShape, config: TuckAConfig) -> int:
-    """Count the core (K×P×R×W), the expert factor C (T×P) and the shared slice (R×W), trained in every mode.
+    """Count the core (K×P×R×H), the expert factor C (T×P) and the shared slice (R×H), trained in every mode.
 
     With a tensor lasso, also its weights: P, R, and unless the D-modes are tied another R.
     """

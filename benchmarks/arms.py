@@ -29,7 +29,8 @@ REFERENCE = dict(
     r=8, k=4, t=2, p=2, alpha=4.0, routing="sample", affinity="paper", pooling="mean_std", normalize=False,
     form="multiplicative", tie_factors=True, share_factors=False, shared_expert=True, trainable="all",
     init_router="perturb", init_experts="identity", perturb_scale=1.0, pool_padding=False, balance_bias=False,
-    balance_rate=1e-3, temperature=0.1, warm_start=0.0, router_depth=0, components=0,
+    balance_rate=1e-3, temperature=0.1, warm_start=0.0, router_depth=0, components=0, block_size=None,
+    trained_columns=None,
 )  # fmt: skip
 """TuckA's settings that a row need not name. Rows record what differs from these, not from the library's defaults, so
 that they keep their meaning when a default changes; never edit a value, only add fields that the library adds."""
@@ -56,6 +57,10 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "additive": {"form": "additive"},
     "no-shared-expert": {"shared_expert": False},
     "core": {"trainable": "core"},
+    "blocks2": {"block_size": 2},
+    "blocks8": {"block_size": 8},
+    "all-columns": {"trained_columns": None},
+    "full-cores": {"r": 6, "block_size": None, "trained_columns": None},
     "mean": {"pooling": "mean"},
     "scaled": {"components": 0},
     "router-perturb": {"init_router": "perturb"},

@@ -159,7 +159,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--rank", type=int, default=8, help="r")
     add("--k", type=int, default=4, help="groups")
     add("--t", type=int, default=2, help="experts in a group")
-    add("--form", choices=tucka.config.CHOICES["form"], default="additive", help="form of the update")
+    add("--form", choices=tucka.validation.CHOICES["form"], default="additive", help="form of the update")
     add("--start", choices=("identity", "hosvd", "gradient"), default="gradient", help="init_experts")
     add("--dtype", default="float32", help="precision of the base model")
     add("--device", default="cpu", help="where to run")

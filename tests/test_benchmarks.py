@@ -164,8 +164,9 @@ def test_settings_are_read_and_recorded(task):
     assert parse_settings("r=8,form=additive,alpha=1e-1,rank_pattern={'a': 1, 'b': 2},share_factors=True") == {
         "r": 8, "form": "additive", "alpha": 0.1, "rank_pattern": {"a": 1, "b": 2}, "share_factors": True,
     }  # fmt: skip
-    settings = arm_of("tucka:r=6,form=additive,factor_lr=0.3").settings(task)
-    assert (settings["r"], settings["form"], settings["factor_lr"]) == (6, "additive", 0.3)
+    settings = arm_of("tucka:r=12,form=multiplicative,factor_lr=0.3").settings(task)
+    assert (settings["r"], settings["block_size"], settings["factor_lr"]) == (12, 4, 0.3)
+    assert "form" not in settings, "what every row has is not named"
     assert arm_of("lora16").settings(task) == {"r": 16, "lora_alpha": 32}
     assert arm_of("tucka-paper").settings(task)["routing"] == "batch"
     assert arm_of("tucka-k1").settings(task)["k"] == ABLATIONS["k1"]["k"]

@@ -26,7 +26,8 @@ def test_every_default_target_is_a_linear_layer_of_its_architecture(architecture
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_default_rank_goes_by_the_layers_adapted(name):
     """A head of two classes is trained whole, and makes no rank of two."""
-    assert tucka.apply(build(name)).peft_config["default"].r == tucka.TuckAConfig.r
+    rank = min(tucka.TuckAConfig.r, 16 if name == "llama" else 32)  # its keys and values have 16 features
+    assert tucka.apply(build(name)).peft_config["default"].r == rank
 
 
 def test_the_default_rank_fits_the_narrowest_layer():

@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from dataclasses import InitVar, dataclass, field, fields
 from typing import Any, Optional, Union
 
 from peft import PeftConfig
 
-from .fields import check_fields, read_object
+from .fields import read_object
 from .formats import FORMAT_VERSION, known_fields, require_readable, upgrade
-from .patterns import check_expressions
 from .registration import PEFT_TYPE, add_peft_type
-
-CHOICES = {
-    "routing": ("sample", "batch"),
-    "affinity": ("paper", "cosine", "distance"),
-    "pooling": ("mean", "mean_std"),
-    "form": ("multiplicative", "additive"),
-    "trainable": ("all", "core"),
-    "init_router": ("perturb", "kaiming", "kmeans", "kmeans_balanced"),
-    "init_experts": ("identity", "kaiming", "hosvd", "gradient"),
-    "normalize": (False, True, "bounded"),
-    "bias": ("none", "all", "tucka_only"),
-}
-"""Every option with a closed list of values, and the list."""
-
-FLAGS = (
-    "tie_factors", "share_factors", "share_inputs", "shared_expert", "pool_padding", "pool_answers", "balance_bias",
-    "sync_route", "init_weights", "expert_shares",
-)  # fmt: skip
-"""Every option that is either True or False."""
+from .validation import LONG, NUMBERS, validate
 
 PAPER = dict(
     routing="batch",
@@ -66,9 +45,9 @@ class TuckAConfig(PeftConfig):
     r, k, t, p : int
         Rank of an expert (R), groups (K), experts in a group (T), rank shared by the experts of a group (P).
     block_size : int, optional
-        W: the R×R matrices of a core are zero beside diagonal blocks of W×W, so that experts of high rank have few
-        parameters, K·P·R·W: each expert is a sum of R/W Tucker terms (De Lathauwer's block term decomposition). Ranks
-        above W are multiples of it; one up to W has a full core, as all have with None.
+        H: the R×R matrices of a core are zero beside diagonal blocks of H×H, so that experts of high rank have few
+        parameters, K·P·R·H: each expert is a sum of R/H Tucker terms (De Lathauwer's block term decomposition). Ranks
+        above H are multiples of it; one up to H has a full core, as all have with None.
     alpha : float
         Scale of the adaptation. Unnormalised parameters want a few units, the paper's normalised ones more.
     routing : {"sample", "batch"}
@@ -168,11 +147,11 @@ class TuckAConfig(PeftConfig):
         If a value is outside its range; the message names the field, the value and the rule.
     """
 
-    r: int = _help("Rank of every expert.", 6)
+    r: int = _help("Rank of every expert.", 24)
     k: int = _help("Number of expert groups.", 4)
     t: int = _help("Experts in each group.", 1)
     p: int = _help("Rank shared by the experts of a group.", 1)
-    block_size: Optional[int] = _help("Width of the diagonal blocks of a core; None: full cores.", None)
+    block_size: Optional[int] = _help("Width of the diagonal blocks of a core; None: full cores.", 4)
     alpha: float = _help("Scale of the adaptation.", 2.0)
     routing: str = _help("What is routed as one: 'sample' or 'batch'.", "sample")
     affinity: str = _help("How a feature is scored against centroids: 'paper', 'cosine' or 'distance'.", "cosine")
@@ -186,9 +165,9 @@ class TuckAConfig(PeftConfig):
     share_inputs: bool = _help("Layers that read one tensor share one adapted input (multiplicative form).", False)
     shared_expert: bool = _help("One always-active slice beside the routed groups.", True)
     trainable: str = _help("'all', or 'core' to hold the D-mode factors.", "all")
-    trained_columns: Optional[int] = _help("Columns of the D-mode factors that train; None: all.", None)
+    trained_columns: Optional[int] = _help("Columns of the D-mode factors that train; None: all.", 2)
     init_router: str = _help("Start of the centroids: 'perturb', 'kaiming', 'kmeans' or 'kmeans_balanced'.", "kmeans")
-    init_experts: str = _help("Start of the experts: 'identity', 'kaiming', 'hosvd' or 'gradient'.", "gradient")
+    init_experts: str = _help("Start of the experts: 'identity', 'kaiming', 'hosvd' or 'gradient'.", "identity")
     warm_start: float = _help("Norm of the experts that 'hosvd' and 'gradient' start with; 0: the base model.", 0.0)
     perturb_scale: float = _help("Width of the centroids' perturbation.", 1.0)
     pool_padding: bool = _help("Padded positions enter the pooled feature.", False)
@@ -259,7 +238,7 @@ class TuckAConfig(PeftConfig):
         return width * (2 if self.pooling == "mean_std" else 1)
 
     def block_width(self, rank: int) -> int:
-        """W, entries in a row of a core of that rank."""
+        """H, entries in a row of a core of that rank."""
         return min(self.block_size or rank, rank)
 
     def trained(self, rank: int) -> int:
@@ -326,77 +305,3 @@ class TuckAConfig(PeftConfig):
         hub_options, _, _ = cls._split_kwargs(kwargs)
         config.weights_beside = check_weights_beside(pretrained_model_name_or_path, subfolder, config, **hub_options)
         return config
-
-
-NUMBERS = ("alpha", "perturb_scale", "balance_rate", "temperature", "warm_start", "lasso")
-"""Fields that are numbers, whole or not."""
-
-LONG = 2**63 - 1
-"""The largest whole number of torch's."""
-
-
-def validate(config: TuckAConfig) -> None:
-    """Raise `ValueError` for what can be rejected without a model."""
-    check_fields(config)
-    for name in ("r", "k", "t", "p"):
-        _check_count(name, getattr(config, name))
-    for name, values in CHOICES.items():
-        if not any(getattr(config, name) is value or _same_text(getattr(config, name), value) for value in values):
-            raise ValueError(f"{name}={getattr(config, name)!r} is not one of {', '.join(map(repr, values))}")
-    for name in NUMBERS:
-        value = getattr(config, name)
-        # Compared, not converted: a whole number may be too large for a float.
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
-            raise ValueError(f"{name}={value!r} is not a finite number")
-    if config.temperature <= 0:
-        raise ValueError(f"temperature={config.temperature} divides the logits: it must be above 0")
-    if config.lasso < 0:
-        raise ValueError(f"lasso={config.lasso} is a penalty: it must not be below 0")
-    for name in FLAGS:
-        if not isinstance(getattr(config, name), bool):
-            raise ValueError(f"{name}={getattr(config, name)!r} is neither True nor False")
-    if config.block_size is not None:
-        _check_count("block_size", config.block_size)
-    if config.trained_columns is not None:
-        _check_count("trained_columns", config.trained_columns)
-    config.require_blocks(config.r, f"r={config.r}")
-    for pattern, rank in (config.rank_pattern or {}).items():
-        _check_count(f"rank_pattern[{pattern!r}]", rank)
-        config.require_blocks(rank, f"rank_pattern[{pattern!r}]={rank}")
-    _check_count("router_depth", config.router_depth, least=0)
-    _check_count("components", config.components, least=0)
-    if config.router_depth and config.router_module is not None:
-        raise ValueError("router_depth and router_module both say which layer feeds the router; set one of them")
-    if config.share_inputs and config.form != "multiplicative":
-        raise ValueError(
-            f"share_inputs=True shares an adapted input, which form={config.form!r} has not: use form='multiplicative'"
-        )
-    if config.sync_route and config.routing != "batch":
-        raise ValueError(f"sync_route=True routes the global batch as one, but routing={config.routing!r}")
-    if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
-        raise ValueError("layers_to_transform selects among listed target_modules, but target_modules is a string")
-    if config.layers_pattern and config.layers_to_transform is None:
-        raise ValueError("layers_pattern is set but layers_to_transform is not: it says which layers of the pattern")
-    check_expressions(config)
-    if config.affinity == "paper" and config.t == 1 and config.init_router.startswith("kmeans"):
-        warnings.warn(
-            "with t=1 the paper's affinity is a sign, and centroids of k-means then choose by it alone. "
-            "Use affinity='cosine' or 'distance'.",
-            stacklevel=3,
-        )
-    if config.normalize is True and config.init_experts != "kaiming" and config.init_weights and not config.warm_start:
-        warnings.warn(
-            "normalize=True divides a zero core by its norm: the first step jumps from the identity to an update of "
-            "full size. Use init_experts='kaiming' or warm_start with normalize=True.",
-            stacklevel=3,
-        )
-
-
-def _same_text(given: Any, value: Any) -> bool:
-    """Equality of texts alone: 1 is no True."""
-    return isinstance(given, str) and given == value
-
-
-def _check_count(name: str, value: Any, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} is not a whole number of at least {least}")

@@ -3,7 +3,7 @@
 A layer's M is R×R work in some thirty operations, each too small to be worth its call. Layers of one forward share the
 route, so those whose cores have one shape are stacked and mixed together.
 
-Shape legend: L layers, N routed units, K groups, T experts in a group, P rank shared in a group, R rank, W width of a
+Shape legend: L layers, N routed units, K groups, T experts in a group, P rank shared in a group, R rank, H width of a
 core's diagonal blocks (see `tucka.ops`).
 """
 
@@ -57,23 +57,23 @@ def kind_of(layer: ExpertTensor) -> tuple:
     return core.shape, core.dtype, core.device, layer.shared_core is None, len(layer.lasso_weights), layer.normalize
 
 
-def _selected_cores(layers: Sequence[ExpertTensor], group: Tensor) -> Tensor:  # (L, N, P, R, W)
+def _selected_cores(layers: Sequence[ExpertTensor], group: Tensor) -> Tensor:  # (L, N, P, R, H)
     """Cores as they act, of the group of each unit; selecting is tensor indexing, so no value leaves the device."""
     first = layers[0]
     # A compiled or exported graph serves all batch sizes, so it must not choose by this one.
     if torch.compiler.is_compiling() or first.core.shape[0] <= group.shape[0]:
-        core_LKPRW = torch.stack([layer.core for layer in layers])
-        return acting_cores(layers, core_LKPRW).index_select(1, group)
+        core_LKPRH = torch.stack([layer.core for layer in layers])
+        return acting_cores(layers, core_LKPRH).index_select(1, group)
     # With more groups than units most cores are nobody's: these few are taken first.
     return acting_cores(layers, torch.stack([layer.core.index_select(0, group) for layer in layers]))
 
 
 def acting_cores(layers: Sequence[ExpertTensor], core: Tensor) -> Tensor:
-    """Stacked cores (L, ·, P, R, W) as they act."""
+    """Stacked cores (L, ·, P, R, H) as they act."""
     return weigh_cores(layers, ops.scale_core(core, (-3, -2, -1), layers[0].normalize))
 
 
-def shared_slices(layers: Sequence[ExpertTensor]) -> Tensor | None:  # (L, 1, R, W)
+def shared_slices(layers: Sequence[ExpertTensor]) -> Tensor | None:  # (L, 1, R, H)
     """The always-active slices as they act, if the layers have them."""
     slices = [layer.shared_core for layer in layers if layer.shared_core is not None]
     if not slices:
@@ -82,7 +82,7 @@ def shared_slices(layers: Sequence[ExpertTensor]) -> Tensor | None:  # (L, 1, R,
 
 
 def weigh_cores(layers: Sequence[ExpertTensor], core: Tensor) -> Tensor:
-    """Stacked cores (L, ·, P, R, W) under the weights of a tensor lasso, if the layers have one."""
+    """Stacked cores (L, ·, P, R, H) under the weights of a tensor lasso, if the layers have one."""
     if not layers[0].lasso_weights:
         return core
     expert_LP = torch.stack([layer.lasso_weights[0] for layer in layers])
@@ -90,16 +90,16 @@ def weigh_cores(layers: Sequence[ExpertTensor], core: Tensor) -> Tensor:
 
 
 def weigh_slices(layers: Sequence[ExpertTensor], core: Tensor) -> Tensor:
-    """Stacked matrices (L, …, R, W) under the lasso weights of their rows and columns, if the layers have them."""
+    """Stacked matrices (L, …, R, H) under the lasso weights of their rows and columns, if the layers have them."""
     if not layers[0].lasso_weights:
         return core
     rows_LR = torch.stack([layer.lasso_weights[1] for layer in layers])
     columns_LR = torch.stack([layer.lasso_weights[-1] for layer in layers])
     ones, width = [1] * (core.ndim - 3), core.shape[-1]
     rows = rows_LR.view(len(layers), *ones, -1, 1)
-    columns_LHW = columns_LR.unflatten(-1, (-1, width))
-    columns_LRW = columns_LHW.repeat_interleave(width, dim=1)  # a row of block h meets the columns of block h
-    return core * rows * columns_LRW.view(len(layers), *ones, -1, width)
+    columns_LCH = columns_LR.unflatten(-1, (-1, width))
+    columns_LRH = columns_LCH.repeat_interleave(width, dim=1)  # a row of block h meets the columns of block h
+    return core * rows * columns_LRH.view(len(layers), *ones, -1, width)
 
 
 def _mode_norms(layers: Sequence[ExpertTensor], modes: Sequence[Modes] | None, device: torch.device) -> Tensor:  # (L,)

@@ -8,7 +8,7 @@ Legend, used throughout the package (shape suffixes and einsum letters):
     T  experts in a group          P  rank shared by the experts of a group
     N  routed units (B samples, or 1 for a whole batch)
     F  length of a routing feature L  adapted layers
-    W  width of the diagonal blocks of a core (W = R: a full core)
+    H  width of the diagonal blocks of a core (H = R: a full core)
 
 Source: TuckA, arXiv 2511.06859, section 3; `mean_std`, the shared slice and the additive form go beyond the paper.
 """
@@ -49,7 +49,7 @@ def safe_product(
 
 
 def scale_core(
-    core: Tensor,  # (..., P, R, W) or (..., R, W)
+    core: Tensor,  # (..., P, R, H) or (..., R, H)
     dim: tuple[int, ...],
     normalize: bool | str,
 ) -> Tensor:
@@ -63,7 +63,7 @@ def scale_core(
 
 
 def unscale_core(
-    core: Tensor,  # (..., P, R, W) or (..., R, W), of norm below √R
+    core: Tensor,  # (..., P, R, H) or (..., R, H), of norm below √R
     dim: tuple[int, ...],
     least_room: float = 0.0,
 ) -> Tensor:
@@ -73,36 +73,36 @@ def unscale_core(
 
 
 def block_diagonal(
-    core: Tensor,  # (..., R, W), blocks of W rows one under the other
+    core: Tensor,  # (..., R, H), blocks of H rows one under the other
 ) -> Tensor:  # (..., R, R)
-    """The core that diagonal blocks stand for: zero beside them, so that 𝒯 is a sum of R/W Tucker tensors of rank W.
+    """The core that diagonal blocks stand for: zero beside them, so that 𝒯 is a sum of R/H Tucker tensors of rank H.
 
-    Source: block term decomposition in rank-(L, M, ·) terms, De Lathauwer 2008, SIAM J. Matrix Anal. Appl. 30(3).
+    Source: block term decomposition, De Lathauwer 2008, SIAM J. Matrix Anal. Appl. 30(3), 1033–1066.
     """
     rank, width = core.shape[-2:]
     if rank == width:
         return core
-    eye_HH = torch.eye(rank // width, dtype=core.dtype, device=core.device)
-    blocks = core.unflatten(-2, (-1, width))
-    return torch.einsum("...hvw,hg->...hvgw", blocks, eye_HH).flatten(-2).flatten(-3, -2)
+    blocks = core.unflatten(-2, (-1, width))  # (..., R/H, H, H)
+    same_block = torch.eye(rank // width, dtype=core.dtype, device=core.device)
+    return torch.einsum("...bqr,bc->...bqcr", blocks, same_block).flatten(-2).flatten(-3, -2)
 
 
 def diagonal_blocks(
     core: Tensor,  # (..., R, R)
     width: int,
-) -> Tensor:  # (..., R, W)
+) -> Tensor:  # (..., R, H)
     """The diagonal blocks of a core, one under the other, and nothing of what lies beside them."""
     if width == core.shape[-1]:
         return core
-    blocks = core.unflatten(-1, (-1, width)).unflatten(-3, (-1, width))  # (..., H, W, H, W)
+    blocks = core.unflatten(-1, (-1, width)).unflatten(-3, (-1, width))  # (..., R/H, H, R/H, H)
     return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3).flatten(-3, -2)
 
 
 def mix_experts(
-    core: Tensor,  # (L, N, P, R, W), of the group that each unit chose
+    core: Tensor,  # (L, N, P, R, H), of the group that each unit chose
     expert_factor: Tensor,  # (L, T, P)
     gates: Tensor,  # (N, T)
-) -> Tensor:  # (L, N, R, W)
+) -> Tensor:  # (L, N, R, H)
     """Mix all experts of the chosen group before they touch the data: M = Σ_j g_j Σ_p C[j,p] 𝒢[i₀,p]."""
     weights_LNP = torch.einsum("nt,ltp->lnp", gates, expert_factor)
     return torch.einsum("lnp,lnpqr->lnqr", weights_LNP, core)

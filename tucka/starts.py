@@ -50,12 +50,12 @@ def start_experts_from(experts: ExpertTensor, found: Decomposition, config: Tuck
     core, shared = torch.zeros_like(found.core), None
     if config.warm_start or config.normalize is True:
         sign = DATA_STARTS[config.init_experts]
-        slices_KTRW = torch.einsum("tp,kpqr->ktqr", found.expert_factor, found.core)
-        norm = slices_KTRW.square().sum((-2, -1)).sqrt().mean()  # of the experts, whose factors are orthonormal
+        slices_KTRH = torch.einsum("tp,kpqr->ktqr", found.expert_factor, found.core)
+        norm = slices_KTRH.square().sum((-2, -1)).sqrt().mean()  # of the experts, whose factors are orthonormal
         scale = sign * (config.warm_start or 1.0) / (config.alpha * norm.clamp_min(torch.finfo(norm.dtype).tiny))
         core = found.core * scale
         if experts.shared_core is not None:
-            shared = slices_KTRW.mean((0, 1)) * scale
+            shared = slices_KTRH.mean((0, 1)) * scale
             # The combination of the expert factor's columns that gives every expert the same, as nearly as they can.
             weights_P = torch.linalg.pinv(found.expert_factor).sum(-1)
             core = core - torch.einsum("p,qr->pqr", weights_P, shared)

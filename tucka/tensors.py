@@ -1,10 +1,10 @@
 """The experts of one layer as one Tucker tensor.
 
 Shape legend: K groups, T experts in a group, D input features, O output features, P rank shared in a group, R rank of
-an expert, W width of a core's diagonal blocks (see `tucka.ops`).
+an expert, H width of a core's diagonal blocks (see `tucka.ops`).
 
 The tensor 𝒯 ∈ ℝ^{K×T×D×O} has the core 𝒢 ∈ ℝ^{K×P×R×R} and the factors (I_K, C ∈ ℝ^{T×P}, U ∈ ℝ^{D×R}, V ∈ ℝ^{O×R}).
-The matrices of the core may be zero beside diagonal blocks of W×W; then the blocks alone are held, (K, P, R, W).
+The matrices of the core may be zero beside diagonal blocks of H×H; then the blocks alone are held, (K, P, R, H).
 A slice 𝒯[i,j] acts on row vectors; for a column vector it is its transpose, V (Σ_p C[j,p] 𝒢[i,p])ᵀ Uᵀ ∈ ℝ^{O×D}.
 """
 
@@ -19,20 +19,13 @@ from torch import Tensor, nn
 
 from . import ops
 from ._tltorch import TuckerTensor
+from .columns import joined, parts_of, split_
 from .hosvd import hosvd
 from .mixing import acting_cores, mix_layers, shared_slices
 
-FACTOR_ENTRY = 1 / 32
+FACTOR_ENTRY = 1 / 8
 """Root mean square of the entries of a bounded factor at its start: how fast an optimiser that moves every entry by its
 learning rate (Adam) turns the factor, whatever the width."""
-
-
-def joined(
-    trained: Tensor,  # (D, Q)
-    held: Tensor | None,  # (D, R − Q)
-) -> Tensor:  # (D, R)
-    """A D-mode factor of the columns that train and those that are held."""
-    return trained if held is None else torch.cat([trained, held], dim=1)
 
 
 class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg]
@@ -44,15 +37,15 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
 
     Parameters
     ----------
-    core : Parameter, (K, P, R, W)
-        The diagonal blocks of its matrices, one under the other; W = R for a full core.
+    core : Parameter, (K, P, R, H)
+        The diagonal blocks of its matrices, one under the other; H = R for a full core.
     expert_factor : Parameter, (T, P)
     input_factor : Parameter, (D, Q), or None with `factors_of`
         The columns of U that train: all R, unless others are held.
     output_factor : Parameter, (O, Q), or None where it is the input factor
     held_input, held_output : Tensor, (D, R − Q) and (O, R − Q), optional
         The columns of U and V that are held.
-    shared_core : Parameter, (R, W), optional
+    shared_core : Parameter, (R, H), optional
     factors_of : ExpertTensor, optional
         Take the D-mode factors of that tensor instead of own ones.
     normalize : {False, True, "bounded"}
@@ -124,7 +117,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
     ) -> ExpertTensor:
         """Zero experts of that shape and rank; with `tie_factors` (needs D = O) both D-modes are one.
 
-        `block_width` is W; default: R, a full core. Of U and V `trained_columns` columns train; default: all.
+        `block_width` is H; default: R, a full core. Of U and V `trained_columns` columns train; default: all.
         """
         (k, t, d, o), (p, r) = shape, rank
         w, q = block_width or r, r if trained_columns is None else min(trained_columns, r)
@@ -236,17 +229,17 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
             nn.init.zeros_(self.shared_core)
         for trained, held in self._own_factors():
             whole = torch.empty_like(joined(trained.detach(), held))
-            _split_(nn.init.orthogonal_(whole), trained, held)
+            split_(nn.init.orthogonal_(whole), trained, held)
         return self._rescale_factors_()
 
     @torch.no_grad()
     def write_(
         self,
-        core: Tensor,  # (K, P, R, W)
+        core: Tensor,  # (K, P, R, H)
         expert_factor: Tensor,  # (T, P)
         input_factor: Tensor | None,  # (D, R); None where another tensor owns it
         output_factor: Tensor | None,  # (O, R); None where another tensor owns it, or it is the input factor
-        shared_core: Tensor | None,  # (R, W)
+        shared_core: Tensor | None,  # (R, H)
     ) -> ExpertTensor:
         """Copy parts that act as given into the parameters, so that an optimiser built before keeps them."""
         if shared_core is not None:
@@ -258,7 +251,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         for trained, held, mode in ((self.input_factor, self.held_input, input_factor),
                                     (self.output_factor, self.held_output, output_factor)):  # fmt: skip
             if trained is not None and mode is not None:
-                _split_(mode, trained, held)
+                split_(mode, trained, held)
         for weight in self.lasso_weights:
             weight.fill_(1)
         return self._rescale_factors_()
@@ -270,7 +263,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
             self.core.copy_(start.expand_as(self.core))
             if self.shared_core is not None:
                 self.shared_core.copy_(start)
-        for factor in _parts_of(self._own_factors()):
+        for factor in parts_of(self._own_factors()):
             nn.init.kaiming_uniform_(factor, a=5**0.5, mode="fan_out")
         return self._rescale_factors_()
 
@@ -278,7 +271,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         """Random parameters under which an entry of the formed tensor has that standard deviation."""
         if mean != 0:
             raise ValueError(f"only mean=0 can be drawn in factored form, got mean={mean}")
-        parts = [self.core, *_parts_of(self._own_factors())] + ([] if self.shared_core is None else [self.shared_core])
+        parts = [self.core, *parts_of(self._own_factors())] + ([] if self.shared_core is None else [self.shared_core])
         terms = self.core[0].numel()  # products that an entry of the formed tensor is a sum of
         for part in parts:
             nn.init.normal_(part, std=(std / terms**0.5) ** 0.25)
@@ -299,7 +292,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
             for trained, held in self._own_factors():
                 whole = joined(trained, held)
                 scale = FACTOR_ENTRY * whole.numel() ** 0.5 / ops.safe_norm(whole)
-                for part in _parts_of([(trained, held)]):
+                for part in parts_of([(trained, held)]):
                     part.mul_(scale)
         return self
 
@@ -346,16 +339,3 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
     def _unscaled(self, core: Tensor, dim: tuple[int, ...]) -> Tensor:
         """The core that acts as this one."""
         return ops.unscale_core(core, dim, least_room=1e-2) if self.normalize == "bounded" else core
-
-
-def _parts_of(factors: list[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
-    """All parts of factors that there are."""
-    return [part for pair in factors for part in pair if part is not None]
-
-
-@torch.no_grad()
-def _split_(whole: Tensor, trained: Tensor, held: Tensor | None) -> None:
-    """Write the columns of a factor to the part that trains and the part that is held."""
-    trained.copy_(whole[:, : trained.shape[1]])
-    if held is not None:
-        held.copy_(whole[:, trained.shape[1] :])

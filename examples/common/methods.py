@@ -81,9 +81,9 @@ def _lora(summary: str, counted: str = "lora", **fields: Any) -> Method:
 METHODS: dict[str, Method] = {
     "frozen": Method("the head alone", 8e-3),
     "full": Method("every parameter of the model", 3e-4),
-    "tucka": _tucka("Tucker experts, the library's defaults", 4e-3),
+    "tucka": _tucka("Tucker experts, the library's defaults", 8e-3),
     "tucka-paper": _tucka("Tucker experts, the paper's settings", 6e-3, TuckAConfig.paper),
-    "tucka-core": _tucka("Tucker experts, factors held where the data put them", 4e-3, trainable="core", r=16),
+    "tucka-core": _tucka("Tucker experts between random factors, which are held", 8e-3, trainable="core"),
     "lora": _lora("low-rank updates"),
     "rslora": _lora("LoRA, scaled by the root of its rank", use_rslora=True),
     "dora": _lora("LoRA with magnitudes of its own", counted="dora", use_dora=True),
@@ -108,7 +108,7 @@ METHODS: dict[str, Method] = {
 
 RECORDED = (
     "r", "k", "t", "p", "alpha", "routing", "affinity", "pooling", "normalize", "form", "share_factors",
-    "shared_expert", "trainable", "init_router", "init_experts",
+    "shared_expert", "trainable", "init_router", "init_experts", "block_size", "trained_columns",
 )  # fmt: skip
 """Fields of TuckA that a row says in any case, so that it keeps its meaning when a default changes."""
 

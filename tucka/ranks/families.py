@@ -61,7 +61,7 @@ class Family(NamedTuple):
 
     @property
     def width(self) -> int:
-        """W: entries in a row of a core."""
+        """H: entries in a row of a core."""
         return self.experts[0].core.shape[-1]
 
     @property
@@ -73,8 +73,8 @@ class Family(NamedTuple):
     def parameters(self, rank: int, p: int | None = None, width: int | None = None, columns: int | None = None) -> int:
         """Trainable parameters at rank R and, in routed layers, shared rank P: factors once, the rest of every layer.
 
-        D·R (tied) or (D + O)·R (of columns that are not held), and for each layer (K·P + 1 with a shared slice)·R·W,
-        T·P, and the weights of a tensor lasso. W is R, and as many columns train as do now, unless given.
+        D·R (tied) or (D + O)·R (of columns that are not held), and for each layer (K·P + 1 with a shared slice)·R·H,
+        T·P, and the weights of a tensor lasso. H is R, and as many columns train as do now, unless given.
         """
         first = self.experts[0]
         widths = len(first.input_mode) + (0 if self.tied else len(first.output_mode))

@@ -3,7 +3,7 @@
 Parameters stay the objects they are, so whoever holds them (an optimiser, a scheduler) keeps them. An optimiser built
 before that is not carried along (`optimizer=`) holds moments of the old shapes, and torch refuses its next step.
 
-Shape legend: K groups, T experts in a group, D and O the D-modes, P and R ranks, W width of a core's diagonal blocks
+Shape legend: K groups, T experts in a group, D and O the D-modes, P and R ranks, H width of a core's diagonal blocks
 (see `tucka.ops`).
 """
 
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..columns import joined
 from ..mixing import weigh_cores, weigh_slices
 from ..model import layers_of
 from ..processes import is_distributed
-from ..tensors import ExpertTensor, joined
+from ..tensors import ExpertTensor
 
 SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta")
 """State entries of torch's optimisers that hold squares of what they average."""
@@ -36,11 +37,11 @@ Maps = dict[str, Optional[dict[int, Tensor]]]
 class Parts(NamedTuple):
     """Experts of one layer as they shall act, and how gradients follow; factors of another layer are None."""
 
-    core: Tensor  # (K, P, R, W)
+    core: Tensor  # (K, P, R, H)
     expert_factor: Tensor  # (T, P)
     input_factor: Optional[Tensor]  # (D, R)
     output_factor: Optional[Tensor]  # (O, R)
-    shared_core: Optional[Tensor]  # (R, W)
+    shared_core: Optional[Tensor]  # (R, H)
     maps: Maps
 
 

@@ -108,7 +108,7 @@ def truncate(
     ``normalize=True`` gives the cores of all groups one norm, which leaves no room for the groups of a truncated
     tensor; such an adapter has ``normalize=False`` afterwards. "bounded" stays, and where a core of fewer columns would
     exceed its bound, α is raised and the cores lowered alike. Cores with diagonal blocks become full ones, which cost
-    R² where blocks cost R·W: what is truncated little may have more parameters after. Weights of a tensor lasso are
+    R² where blocks cost R·H: what is truncated little may have more parameters after. Weights of a tensor lasso are
     multiplied into the cores and start at 1 again.
     """
     if sum(given is not None for given in (ranks, energy, budget)) != 1:
