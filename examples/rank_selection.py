@@ -48,16 +48,19 @@ EXAMPLE = "rank_selection"
 
 UNIFORM, SUGGESTED, TRUNCATED, RECOVERED = "one rank", "suggested", "truncated", "truncated, one more epoch"
 
+FULL = dict(block_size=None, trained_columns=None, init_experts="gradient")
+"""Full cores between factors that all train: their ranks are what parameters, spectra and truncation go by."""
+
 
 def config_of(args: argparse.Namespace, task: Task, **fields: Any) -> TuckAConfig:
     """Make the configuration that ranks are chosen for."""
     layers = dict(target_modules=list(task.targets), modules_to_save=list(task.heads) or None, task_type=task.task_type)
-    return TuckAConfig(**{**study.fields_for(args, task, "tucka")["fields"], **layers, **fields})
+    return TuckAConfig(**{**FULL, **study.fields_for(args, task, "tucka")["fields"], **layers, **fields})
 
 
 def trained(args: argparse.Namespace, task: Task, seed: int, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Adapt with some ranks, unless that is in the table; returns its row, and where the adapter lies."""
-    task = replace(task, fields={"tucka": {**task.fields.get("tucka", {}), **fields}})
+    task = replace(task, fields={"tucka": {**FULL, **task.fields.get("tucka", {}), **fields}})
     key = study.key_of(EXAMPLE, args, task, study.shapes_of(task), "tucka", seed)
     if results.found(args.results, key) is None:
         study.run(args, task, "tucka", key)
