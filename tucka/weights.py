@@ -204,7 +204,8 @@ def _check_shapes(path: Path, header: dict[str, Declared], config: TuckAConfig) 
             given = tuple("…" if size is None else size for size in expected)
             raise ValueError(
                 f"{path}: {key} has shape {shape}, but k={config.k}, t={config.t}, p={config.p}, "
-                f"r={rank} of its configuration give {given}"
+                f"r={rank}, block_size={config.block_size}, trained_columns={config.trained_columns} of its "
+                f"configuration give {given}"
             )
 
 
