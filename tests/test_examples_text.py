@@ -39,7 +39,8 @@ def test_every_method_is_trained_scored_saved_drawn_and_tabulated(small, tmp_pat
     assert (table["cpu_seconds"] > 0).all()
     sizes = table.set_index("method")["parameters"]
     assert sizes["frozen"] == 0
-    assert all(sizes[name] >= sizes["tucka"] for name in ("lora", "rslora", "dora", "hra", "oft"))
+    assert all(sizes[name] >= sizes["tucka"] for name in ("lora", "rslora", "dora", "hra"))
+    assert sizes["oft"] == 6024, "whole rotations: OFT has no larger size on layers so narrow"
     assert (tmp_path / "out" / "docstrings.png").exists()
     for name in METHODS:
         assert f"{name} " in printed

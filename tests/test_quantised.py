@@ -187,7 +187,7 @@ def test_a_quantised_checkpoint(kind, saved, tmp_path):
 @pytest.mark.parametrize("form", ["additive", "multiplicative"])
 def test_the_gradient_start_is_that_of_the_weights_it_stands_for(form, saved):
     """Four-bit weights, and the dense model of the same numbers: the same factors."""
-    config = dict(fields(form), share_factors=False)
+    config = dict(fields(form), share_factors=False, init_experts="gradient")
     starts = []
     for dense in (False, True):
         base = quantised("bnb4", saved)
@@ -297,7 +297,7 @@ def test_layers_that_pass_no_gradient_on_are_told_of(name, prepared, saved):
     base = MODELS[name][0].from_pretrained(saved / name, quantization_config=settings)
     if prepared:
         base = prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False})
-    config = tucka.TuckAConfig(**fields("multiplicative", name))
+    config = tucka.TuckAConfig(**fields("multiplicative", name), init_experts="gradient")
     with pytest.raises(ValueError, match="quantised layers that round their inputs"):
         tucka.apply(base, config, calibration=batches(name), progress=False)
     assert not tucka.model.layers_of(base)

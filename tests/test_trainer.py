@@ -300,7 +300,7 @@ def test_the_trainer_of_trl(wrapped, tmp_path):
     quiet = dict(report_to=[], use_cpu=True, bf16=False, disable_tqdm=True, dataloader_pin_memory=False)
 
     def trainer(seed):
-        base, config = build("llama"), tucka.TuckAConfig(task_type="CAUSAL_LM")
+        base, config = build("llama"), tucka.TuckAConfig(r=8, task_type="CAUSAL_LM")
         torch.manual_seed(seed)
         choice = dict(model=tucka.apply(base, config)) if wrapped else dict(model=base, peft_config=config)
         arguments = trl.SFTConfig(str(tmp_path), **sizes, **quiet)
