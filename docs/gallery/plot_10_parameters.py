@@ -15,8 +15,8 @@ with analysis.style("notebook"):
     analysis.plots.parameter_scaling(table)
 
 # %%
-# With the number of experts only the cores grow (R² for each slice) and the router (F for each centroid). As many
-# separate LoRAs would each bring their own two factors.
+# With the number of experts only the cores grow (R·H for each slice, H the width of its blocks) and the router (Q for
+# each centroid). As many separate LoRAs would each bring their own two factors.
 
 table = analysis.parameter_scaling("experts", [8, 16, 32, 64, 128], config=config)
 with analysis.style("notebook"):
