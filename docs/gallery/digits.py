@@ -48,7 +48,7 @@ class Adapted(NamedTuple):
 
 
 @cache
-def adapted(learning_rate: float = 4e-3, epochs: int = 6) -> Adapted:
+def adapted(learning_rate: float = 8e-3, epochs: int = 6) -> Adapted:
     """Pretrain on upright digits, then adapt to the domains; once in a process."""
     torch.manual_seed(0)
     base = ViTForImageClassification(
