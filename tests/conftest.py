@@ -22,6 +22,9 @@ PLAIN = dict(
     init_experts="identity", block_size=None, trained_columns=None,
 )  # fmt: skip
 """Settings of tests that are about something else: the simplest of each, whatever the library's defaults are."""
+FORMS = [dict(form="multiplicative", tie_factors=True), dict(form="multiplicative", tie_factors=False),
+         dict(form="additive", tie_factors=False)]  # fmt: skip
+"""The forms of the update, and whether both D-modes are one."""
 NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
 
@@ -181,6 +184,25 @@ def assert_same_tensors(found, expected):
 def first_output(output):
     """The tensor to compare: logits, or a two-tower model's similarities."""
     return output.logits_per_text if "logits_per_text" in output else output.logits
+
+
+def outputs(model, batch):
+    """What a model says of a batch, without gradient."""
+    with torch.no_grad():
+        return first_output(model(**batch))
+
+
+def materialised(model, adapter="default"):
+    """All experts (K, T, D, O) and shared slices (D, O) as they act, with α, in float64, by layer."""
+    found = {}
+    for layer in tucka.model.layers_of(model):
+        experts, alpha = layer.tucka_experts[adapter], layer.tucka_alpha[adapter]
+        routed = experts.to_tensor().detach().double() * alpha
+        _, _, u, v = experts.factors
+        shared = experts.shared_slice
+        shared = torch.zeros(1) if shared is None else (u @ shared @ v.mT).detach().double() * alpha
+        found[layer.name] = torch.cat([routed.flatten(), shared.flatten()])
+    return found
 
 
 def randomise(model, scale=0.3, seed=1):

@@ -3,13 +3,14 @@
 import pytest
 import torch
 from conftest import (
+    FORMS,
     adapted,
     adapter_state,
     assert_same_state,
     batch_for,
     batches_for,
     build,
-    first_output,
+    outputs,
     plain_config,
     randomise,
 )
@@ -24,14 +25,6 @@ from tucka.apply import default_config
 from tucka.model import layers_of
 from tucka.ranks import adapter_parameters, expand, suggest_ranks, truncate
 from tucka.tensors import ExpertTensor
-
-FORMS = [dict(form="multiplicative", tie_factors=True), dict(form="multiplicative", tie_factors=False),
-         dict(form="additive")]  # fmt: skip
-
-
-def outputs(model, batch):
-    with torch.no_grad():
-        return first_output(model(**batch))
 
 
 @given(width=st.integers(1, 4), count=st.integers(1, 4), leading=st.lists(st.integers(1, 3), max_size=3))

@@ -3,7 +3,17 @@
 import pytest
 import tensorly as tl
 import torch
-from conftest import adapted, adapter_state, assert_same_state, batch_for, build, first_output, randomise
+from conftest import (
+    FORMS,
+    adapted,
+    adapter_state,
+    assert_same_state,
+    batch_for,
+    build,
+    first_output,
+    materialised,
+    randomise,
+)
 from peft import PeftModel
 from tensorly.decomposition import partial_tucker
 
@@ -13,22 +23,7 @@ from tucka.ranks import adapter_parameters, truncate
 from tucka.ranks.compression import fit, reduce_family
 from tucka.ranks.families import families_of
 
-FORMS = [dict(form="multiplicative", tie_factors=True), dict(form="multiplicative", tie_factors=False),
-         dict(form="additive", tie_factors=False)]  # fmt: skip
 ARCHITECTURES = ["bert", "vit", "gpt2", "llama", "t5"]
-
-
-def materialised(model, adapter="default"):
-    """All experts (K, T, D, O) and shared slices (D, O) as they act, with α, in float64, by layer."""
-    found = {}
-    for layer in layers_of(model):
-        experts, alpha = layer.tucka_experts[adapter], layer.tucka_alpha[adapter]
-        routed = experts.to_tensor().detach().double() * alpha
-        _, _, u, v = experts.factors
-        shared = experts.shared_slice
-        shared = torch.zeros(1) if shared is None else (u @ shared @ v.mT).detach().double() * alpha
-        found[layer.name] = torch.cat([routed.flatten(), shared.flatten()])
-    return found
 
 
 def relative(found, expected):

@@ -3,13 +3,15 @@
 import pytest
 import torch
 from conftest import (
+    FORMS,
     adapted,
     adapter_state,
     assert_same_state,
     batch_for,
     batches_for,
     build,
-    first_output,
+    materialised,
+    outputs,
     plain_config,
     randomise,
 )
@@ -25,29 +27,11 @@ from tucka.model import layers_of
 from tucka.ranks import adapter_parameters, expand, truncate
 from tucka.tensors import FACTOR_ENTRY, ExpertTensor
 
-FORMS = [dict(form="multiplicative", tie_factors=True), dict(form="multiplicative", tie_factors=False),
-         dict(form="additive")]  # fmt: skip
 HELD = dict(r=6, trained_columns=2, normalize="bounded")
-
-
-def outputs(model, batch):
-    with torch.no_grad():
-        return first_output(model(**batch))
 
 
 def held_by(model):
     return {key: value.clone() for key, value in model.state_dict().items() if ".held_" in key}
-
-
-def formed(model):
-    """All experts and the shared slice of every layer, as they act."""
-    found = {}
-    for layer in layers_of(model):
-        experts, alpha = layer.tucka_experts["default"], layer.tucka_alpha["default"]
-        _, _, u, v = experts.factors
-        parts = (experts.to_tensor().flatten(), (u @ experts.shared_slice @ v.mT).flatten())
-        found[layer.name] = alpha * torch.cat(parts).detach()
-    return found
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -189,10 +173,10 @@ def test_truncated_factors_train_their_leading_columns(normalize, block_size, tm
     batch = batch_for("bert", dtype=torch.float64)
     model(**batch).loss.backward()
     optimizer.step()
-    before = formed(model)
+    before = materialised(model)
     report = truncate(model, ranks=5, optimizer=optimizer)
     assert report.parameters == sum(v.numel() for key, v in model.named_parameters() if ".tucka_" in key)
-    after = formed(model)
+    after = materialised(model)
     for line in report.layers:
         experts = model.get_submodule(f"base_model.model.{line.layer}").tucka_experts["default"]
         assert experts.input_factor.shape[1] == 2 and experts.held_input.shape[1] == 3

@@ -245,9 +245,13 @@ class TuckAConfig(PeftConfig):
         """Columns of a factor of that rank that are no buffer of their own (`held_input`, `held_output`)."""
         return rank if self.trained_columns is None or self.trainable == "core" else min(self.trained_columns, rank)
 
+    def has_whole_blocks(self, rank: int) -> bool:
+        """Whether a core of that rank is made of whole blocks."""
+        return rank % self.block_width(rank) == 0
+
     def require_blocks(self, rank: int, where: str) -> None:
         """Refuse, by `ValueError`, a rank that is not made of whole blocks."""
-        if rank % self.block_width(rank):
+        if not self.has_whole_blocks(rank):
             raise ValueError(
                 f"rank {where} is not a multiple of block_size={self.block_size}: "
                 "take one that is, or block_size=None for full cores"

@@ -69,18 +69,18 @@ def suggest_ranks(
     """
     with measured(model, calibration, config, adapter_name, samples, loss, max_rank, progress) as found:
         families, used, router = found
-        units = [_unit(one, used, relative, max_rank) for one in families]
+        options = [_ranks(one, used, max_rank) for one in families]
+        units = [_unit(one, used, relative, ranks) for one, ranks in zip(families, options)]
         chosen = spread(units, budget, router)
-        ranks = first_process([_ranks(one, used, max_rank)[index] for one, index in zip(families, chosen)])
+        ranks = first_process([of_one[index] for of_one, index in zip(options, chosen)])
         pattern = {pattern_for(layer.name): rank for one, rank in zip(families, ranks) for layer in one.family.layers}
     suggested = copy.deepcopy(used)
     suggested.rank_pattern, suggested.factor_owners = pattern, None
     return suggested
 
 
-def _unit(one: Measured, config: TuckAConfig, relative: bool, max_rank: int) -> Unit:
+def _unit(one: Measured, config: TuckAConfig, relative: bool, ranks: list[int]) -> Unit:
     """What ranks of a family cost, and the energy they keep."""
-    ranks = _ranks(one, config, max_rank)
     gains = [0.0] * len(ranks)
     for index, (line, energy) in enumerate(zip(one.layers, one.energies)):
         p = config.p if one.family.routed(index) else 1
@@ -94,4 +94,4 @@ def _unit(one: Measured, config: TuckAConfig, relative: bool, max_rank: int) -> 
 def _ranks(one: Measured, config: TuckAConfig, max_rank: int) -> list[int]:
     """The ranks that a family may have: those of whole blocks."""
     largest = min(max_rank, one.family.widest)
-    return [rank for rank in range(1, largest + 1) if rank % config.block_width(rank) == 0]
+    return [rank for rank in range(1, largest + 1) if config.has_whole_blocks(rank)]
