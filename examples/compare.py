@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 from common import figures, results
+from common.methods import method_of
 
 from tucka.files import write_atomically
 
@@ -48,11 +49,12 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def name_of(row) -> str:
-    """A method and its size."""
+    """A method, its size, and what else its name sets."""
     name = row.method.partition(":")[0]
     settings = results.read_settings(row.settings)
     sizes = [key for key in ("r", "k", "t", "p", "oft_block_size", "boft_block_size") if settings.get(key)]
-    return " ".join([name, *(f"{key}={settings[key]}" for key in sizes)])
+    others = [key for key in method_of(row.method)[1] if key not in sizes]
+    return " ".join([name, *(f"{key}={settings[key]}" for key in (*sizes, *others))])
 
 
 def write(path: Path, page: Path) -> list[Path]:

@@ -55,13 +55,17 @@ def draw(table: pd.DataFrame, out: str | Path) -> Path:
 
 
 def trade(ax: Axes, table: pd.DataFrame) -> Axes:
-    """Draw score against parameters: a mark for each method with its name, a line for the head alone."""
+    """Draw score against parameters: a mark for each method, with what its name sets, a line for the head alone."""
     for method, rows in table[table["parameters"] > 0].groupby(table["method"].str.partition(":")[0], sort=False):
         rows = rows.sort_values("parameters")
         color = COLORS.get(method, "#777777")
         face = color if method in OWN else "white"
         look = dict(color=color, marker=MARKERS.get(method, "o"), markerfacecolor=face, markersize=8, capsize=3)
-        ax.errorbar(rows["parameters"], rows["score"], yerr=rows["error"].fillna(0), label=method, **look)
+        ax.errorbar(rows["parameters"], rows["score"], yerr=rows["error"].fillna(0), label=method, ls="none", **look)
+        for row in rows.itertuples() if method in OWN else ():  # what others set is their size, which the axis tells
+            own = row.method.partition(":")[2].replace(",", ", ")
+            beside = dict(xytext=(8, 0), textcoords="offset points", va="center", fontsize="small")
+            ax.annotate(own, (row.parameters, row.score), color=color, **beside)
     for row in table[table["parameters"] == 0].itertuples():
         ax.axhline(row.score, color="0.35", linestyle="--", linewidth=1)
         ax.annotate("head alone", (0.01, row.score), xycoords=("axes fraction", "data"), va="bottom", color="0.35")
