@@ -76,6 +76,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "affinity-distance": {"affinity": "distance"},
     "slow-factors": {"factor_lr": 0.2},
     "fast-core": {"core_lr": 5.0},
+    "slow-groups": {"core_lr": 0.25, "shared_lr": 1.0},
     "fast-router": {"router_lr": 5.0},
 }
 """What each ablation changes in TuckA's default, or in the multipliers of the learning rate (`fitting.GROUPS`)."""

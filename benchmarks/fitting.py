@@ -13,11 +13,13 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 GROUPS = {
     "factor_lr": ("input_factor", "output_factor", "expert_factor"),
+    "shared_lr": ("shared_core",),
     "core_lr": ("core", "shared_core"),
     "router_lr": ("centroids",),
     "head_lr": ("modules_to_save",),
 }
-"""Multipliers of the learning rate that an arm may set, and a part of the names of the parameters they are for."""
+"""Multipliers of the learning rate that an arm may set, and a part of the names of the parameters they are for; of
+several that an arm sets for a parameter, the first counts."""
 
 POINTS = 20
 """How many mean losses, of equally long stretches of the training, are kept."""
@@ -37,7 +39,8 @@ def optimiser_groups(model: nn.Module, learning_rate: float, multipliers: Mappin
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            factors = (multipliers.get(key, 1.0) for key, parts in GROUPS.items() if set(parts) & set(name.split(".")))
+            own = (key for key, parts in GROUPS.items() if key in multipliers and set(parts) & set(name.split(".")))
+            factors = (multipliers[key] for key in own)
             groups.setdefault(next(factors, 1.0), []).append(parameter)
     return [{"params": parameters, "lr": learning_rate * factor} for factor, parameters in groups.items()]
 

@@ -182,6 +182,10 @@ def test_parameter_groups_follow_the_multipliers(task):
     groups = optimiser_groups(model, 0.01, {"factor_lr": 0.1, "router_lr": 5.0})
     assert sorted(group["lr"] for group in groups) == pytest.approx([0.001, 0.01, 0.05])
     assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in model.parameters())
+    groups = optimiser_groups(model, 0.01, {"core_lr": 0.25, "shared_lr": 0.5})
+    owner = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    rates = {name.rsplit(".", 1)[1]: owner[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+    assert (rates["core"], rates["shared_core"], rates["centroids"]) == (0.0025, 0.005, 0.01)
     with pytest.raises(ValueError, match="'fast'"):
         optimiser_groups(model, 0.01, {"fast": 1.0})
 
