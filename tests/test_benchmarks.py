@@ -15,7 +15,7 @@ from benchmarks import quality, report
 from benchmarks import ranks as ranks_benchmark
 from benchmarks.arms import ABLATIONS, METHODS, arm_of, parse_settings, tucka_size
 from benchmarks.figures import draw_scores, mark_of
-from benchmarks.fitting import optimiser_groups
+from benchmarks.fitting import GROUPS, optimiser_groups
 from benchmarks.live import LiveBytes
 from benchmarks.results import COLUMNS, Store
 from benchmarks.selection import best_learning_rate, next_learning_rate
@@ -152,6 +152,15 @@ def test_a_sized_arm_is_the_smallest_that_reaches_tuckas_parameters(task, method
 
 def test_the_smallest_size_is_found_or_the_largest_taken():
     assert [smallest_size(range(1, 6), lambda s: 10 * s, wanted) for wanted in (5, 10, 11, 50, 99)] == [1, 1, 2, 5, 5]
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_every_ablation_builds_what_its_settings_say(task, ablation):
+    arm = arm_of(f"tucka-{ablation}")
+    model = arm.build(task.base(), task, arm.settings(task), [next(task.rows.train.batches(20))])
+    assert adapter_parameters(model, task) > 0
+    fields = {name: value for name, value in ABLATIONS[ablation].items() if name not in GROUPS}
+    assert {name: getattr(model.active_peft_config, name) for name in fields} == fields
 
 
 def test_frozen_and_full_train_the_head_and_everything(task):
