@@ -51,7 +51,8 @@ def param_groups(
         Learning rate of every group that is given none.
     factor_lr, core_lr, router_lr, expert_lr, shared_lr : float, optional
         Learning rates of those groups; 0 holds a group where it is. On data of one kind, whose groups have nothing to
-        tell apart, a `core_lr` of a quarter of `lr` with `shared_lr` at `lr` trains better (docs/results/quality.md).
+        tell apart, `core_lr` at a quarter of `lr` with `shared_lr` at `lr` scored half a point more
+        (docs/results/quality.md).
     weight_decay : float
         Of what is not the adapter's; biases included.
     adapter_weight_decay : float
