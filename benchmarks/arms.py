@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 import tucka
 from tucka import TuckAConfig
-from tucka.starts import DATA_STARTS
+from tucka.starts import starts_from_data
 
 from .fitting import GROUPS
 from .sizing import adapter_parameters, smallest_size
@@ -251,8 +251,7 @@ def _tucka(name: str, paper: bool, own: dict[str, Any]) -> Arm:
 
     def build(base: nn.Module, task: Task, settings: dict[str, Any], calibration: DataLoader) -> nn.Module:
         made = config(task)
-        starts_from_data = made.init_router != "kaiming" or made.init_experts in DATA_STARTS
-        return tucka.apply(base, made, calibration=calibration if starts_from_data else None, progress=False)
+        return tucka.apply(base, made, calibration=calibration if starts_from_data(made) else None, progress=False)
 
     rates = (0.002, 0.004, 0.008, 0.016) if paper else (0.004, 0.008, 0.016, 0.032)
     return Arm(name, settings, build, rates, True, multipliers=multipliers)

@@ -40,8 +40,7 @@ def optimiser_groups(model: nn.Module, learning_rate: float, multipliers: Mappin
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             own = (key for key, parts in GROUPS.items() if key in multipliers and set(parts) & set(name.split(".")))
-            factors = (multipliers[key] for key in own)
-            groups.setdefault(next(factors, 1.0), []).append(parameter)
+            groups.setdefault(multipliers.get(next(own, ""), 1.0), []).append(parameter)
     return [{"params": parameters, "lr": learning_rate * factor} for factor, parameters in groups.items()]
 
 

@@ -37,6 +37,7 @@ import tucka
 from analysis import count, layer_shapes
 from tucka.callbacks import BalanceCallback
 from tucka.config import TuckAConfig
+from tucka.starts import starts_from_data
 from tucka.validation import CHOICES
 
 SHIFTS = {
@@ -256,8 +257,7 @@ def adapt(base: ViT, config: TuckAConfig | LoraConfig, data: Dataset, seed: int)
     torch.manual_seed(seed)
     if isinstance(config, LoraConfig):
         return get_peft_model(copy.deepcopy(base), config)
-    from_data = config.init_router != "kaiming" or config.init_experts in ("hosvd", "gradient")
-    calibration = DataLoader(data, batch_size=256, shuffle=True) if from_data else None
+    calibration = DataLoader(data, batch_size=256, shuffle=True) if starts_from_data(config) else None
     return tucka.apply(copy.deepcopy(base), config, calibration=calibration, progress=False)
 
 

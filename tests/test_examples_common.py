@@ -198,6 +198,26 @@ def test_the_figure_shows_every_method_at_its_place(tmp_path):
     assert width > 800 and height > 500
 
 
+def test_settings_of_its_own_are_told_beside_a_method(tmp_path):
+    path = tmp_path / "results.csv"
+    results.append(path, row_of("tucka", adapter_parameters=900, settings={"r": 24, "k": 4}))
+    own = {"r": 8, "k": 8, "trained_columns": None}
+    results.append(path, row_of("tucka:k=8,trained_columns=None", adapter_parameters=950, settings=own))
+    results.append(path, row_of("lora:r=3"))
+    table = results.table(path, "some")
+    text = compare.markdown(table)
+    assert "| tucka r=8 k=8 trained_columns=None | 950 |" in text and "| tucka r=24 k=4 | 900 |" in text
+    ax = figures.trade(plt.figure().subplots(), table)
+    assert {text.get_text() for text in ax.texts} - {""} == {"k=8, trained_columns=None"}
+    (tuckas,) = (container[0] for container in ax.containers if container.get_label() == "tucka")
+    assert len(tuckas.get_xydata()) == 2 and tuckas.get_linestyle() == "None"
+
+
+def test_a_method_that_starts_without_data_is_built_with_a_loader_at_hand():
+    model = adapted(build("bert"), "tucka:init_router=kaiming", **SELECTION, fields=SMALL, calibration=[])
+    assert model.active_peft_config.init_router == "kaiming"
+
+
 # --- data ------------------------------------------------------------------------------------------------------------
 
 

@@ -295,17 +295,26 @@ class TestParamGroups:
         assert settings(adapter_weight_decay=0.5)["other"] == (0.1, 0.0)
 
     @pytest.mark.parametrize(
-        "apart, rest", [("shared_core", {"cores": "core"}), ("expert_factor", {"factors": "input_factor"})]
+        "option, apart, rest, left, lr",
+        [
+            ("shared_lr", "shared_core", "cores", "core", 0.2),
+            ("expert_lr", "expert_factor", "factors", "input_factor", 0.3),
+        ],
     )
-    def test_some_parameters_may_have_a_rate_of_their_own(self, apart, rest):
+    def test_some_parameters_may_have_a_rate_of_their_own(self, option, apart, rest, left, lr):
         model = tucka.apply(build("bert"), plain_config(r=4))
-        rate = {"shared_core": "shared_lr", "expert_factor": "expert_lr"}[apart]
-        groups = {group["name"]: group for group in param_groups(model, 0.1, core_lr=0.2, factor_lr=0.3, **{rate: 0.4})}
-        self.expect_each_once(model, groups.values())
+        made = param_groups(model, 0.1, core_lr=0.2, factor_lr=0.3, **{option: 0.4})
+        self.expect_each_once(model, made)
+        groups = {group["name"]: group for group in made}
         ends = {name: {parameter.rsplit(".", 1)[1] for parameter in groups[name]["parameter_names"]} for name in groups}
         assert ends[apart] == {apart} and groups[apart]["lr"] == 0.4
-        (name,) = rest
-        assert ends[name] == {rest[name]} and groups[name]["lr"] == {"cores": 0.2, "factors": 0.3}[name]
+        assert ends[rest] == {left} and groups[rest]["lr"] == lr
+
+    def test_groups_come_in_one_order(self):
+        """Optimisers save their state by place."""
+        model = tucka.apply(build("bert"), plain_config(r=4, task_type="SEQ_CLS"))
+        names = [group["name"] for group in param_groups(model, 0.1, expert_lr=0.2)]
+        assert names == ["cores", "factors", "expert_factor", "router", "other"]
 
     def test_an_optimizer_takes_saves_and_steps_them(self):
         model = model_of()

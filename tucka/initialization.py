@@ -22,7 +22,7 @@ from .model import dispatchers_of, layers_of, single_adapter_name
 from .moments import FORMED_LIMIT, FormedMoments, GaussianTests, Moments, SketchedMoments
 from .processes import is_distributed, is_sharded, raising_together, require_all_well
 from .routing import Router
-from .starts import DATA_STARTS, start_experts_from, start_router_from
+from .starts import start_experts_from, start_router_from, starts_experts_from_data, starts_from_data
 
 CHUNK = 2048
 """Rows that are added at once: copies in float32 of wide activations stay small."""
@@ -78,8 +78,8 @@ def initialize(
     layers = [layer for layer in layers_of(model) if name in layer.tucka_form]
     config: TuckAConfig = model.peft_config[name]  # type: ignore[assignment, index]
     routers = {tower: dispatcher.router(name) for tower, dispatcher in dispatchers_of(model, name).items()}
-    starts_experts = config.init_experts in DATA_STARTS and config.init_weights
-    if not starts_experts and config.init_router == "kaiming":
+    starts_experts = starts_experts_from_data(config)
+    if not starts_from_data(config):
         raise ValueError(
             f"adapter {name!r} starts without data: init_router={config.init_router!r} and "
             f"init_experts={config.init_experts!r} read none"

@@ -15,6 +15,9 @@ from .model import layers_of, single_adapter_name
 KINDS = {"core": "cores", "shared_core": "cores"}
 """The group of a parameter of the experts; that of all others is "factors"."""
 
+APART = ("shared_core", "expert_factor")
+"""Parameters of the experts that are a group of their own where they are given a rate."""
+
 
 def param_groups(
     model: nn.Module,
@@ -75,11 +78,17 @@ def param_groups(
     >>> optimizer = torch.optim.AdamW(tucka.param_groups(model, 1e-3, core_lr=5e-3))  # doctest: +SKIP
     """
     wanted = None if adapter_name is None else single_adapter_name(model, adapter_name)
-    apart = {"expert_factor": expert_lr, "shared_core": shared_lr}
-    kinds = _kinds(model, {name for name, rate in apart.items() if rate is not None})
+    rates = {
+        "cores": core_lr,
+        "shared_core": shared_lr,
+        "factors": factor_lr,
+        "expert_factor": expert_lr,
+        "router": router_lr,
+        "other": None,
+    }
+    kinds = _kinds(model, {name for name in APART if rates[name] is not None})
     if not kinds:
         raise ValueError("the model has no Tucker experts; wrap it with tucka.apply first")
-    rates = dict(cores=core_lr, factors=factor_lr, router=router_lr, other=None) | apart
     groups: dict[str, dict[str, Any]] = {
         name: {
             "name": name,

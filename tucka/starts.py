@@ -32,6 +32,16 @@ CENTROID_ENTRY = 10.0
 """Root mean square of the entries of a direction that centroids are made of."""
 
 
+def starts_experts_from_data(config: TuckAConfig) -> bool:
+    """Whether new experts wait for moments of the data."""
+    return config.init_experts in DATA_STARTS and bool(config.init_weights)
+
+
+def starts_from_data(config: TuckAConfig) -> bool:
+    """Whether a new adapter reads calibration batches, for its experts or its centroids."""
+    return starts_experts_from_data(config) or config.init_router != "kaiming"
+
+
 def start_experts(experts: ExpertTensor, config: TuckAConfig) -> None:
     """Fill new experts as the configuration says."""
     if config.init_weights:

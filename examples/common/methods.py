@@ -20,6 +20,7 @@ from torch import nn
 import tucka
 from analysis import LayerShape, count, layer_shapes
 from tucka import TuckAConfig
+from tucka.starts import starts_from_data
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def adapted(
     shapes = layer_shapes(base, LoraConfig(**selection()))
     config = found.config(**settings_of(shapes, method, fields, tucka_fields), **selection())
     if found.is_tucka:
-        return tucka.apply(base, config, calibration=calibration, progress=False)
+        return tucka.apply(base, config, calibration=calibration if starts_from_data(config) else None, progress=False)
     return peft.get_peft_model(base, config)
 
 
