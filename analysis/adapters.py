@@ -45,6 +45,8 @@ class LayerExperts(NamedTuple):
         Scale of the update.
     form : str
         "multiplicative" or "additive".
+    axes : Tensor, (A, A, D/A), or None
+        The always-active slice on the input's own axes, which α does not scale.
     """
 
     name: str
@@ -55,6 +57,7 @@ class LayerExperts(NamedTuple):
     shared: Tensor | None
     alpha: float
     form: str
+    axes: Tensor | None = None
 
     @property
     def groups(self) -> int:
@@ -262,6 +265,7 @@ def _expert_tensor(
             held_input=parameter("held_input"),
             held_output=parameter("held_output"),
             shared_core=parameter("shared_core"),
+            axis_core=parameter("axis_core"),
             factors_of=owner,
             normalize=config.normalize,
             lasso=config.lasso,
@@ -278,7 +282,7 @@ def _expert_tensor(
 def _layer(name: str, experts: ExpertTensor, config: TuckAConfig) -> LayerExperts:
     core, (_, expert_factor, input_factor, output_factor) = experts.decomposition
     parts = (core, expert_factor, input_factor, output_factor, experts.shared_slice)
-    return LayerExperts(name, *parts, alpha=config.alpha, form=config.form)
+    return LayerExperts(name, *parts, alpha=config.alpha, form=config.form, axes=experts.axis_core)
 
 
 def _router(layer: str, own: Mapping[str, Tensor]) -> RouterWeights:

@@ -192,13 +192,14 @@ def tucka_factors(shape: LayerShape, config: TuckAConfig) -> int:
 
 
 def tucka_core(shape: LayerShape, config: TuckAConfig) -> int:
-    """Count the core (K×P×R×H), the expert factor C (T×P) and the shared slice (R×H), trained in every mode.
+    """Count the core (K×P×R×H), the expert factor C (T×P) and the shared slices (R×H and A×D), trained in every mode.
 
     With a tensor lasso, also its weights: P, R, and unless the D-modes are tied another R.
     """
     r = tucka_rank(shape, config)
     slices = config.k * config.p + (1 if config.shared_expert else 0)
-    return slices * r * config.block_width(r) + config.t * config.p + _lasso(r, config.p, config)
+    on_axes = shape.in_features * (config.axis_block_size or 0)
+    return slices * r * config.block_width(r) + on_axes + config.t * config.p + _lasso(r, config.p, config)
 
 
 def _lasso(r: int, p: int, config: TuckAConfig) -> int:

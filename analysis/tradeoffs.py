@@ -157,5 +157,6 @@ def _with_experts(config: TuckAConfig, experts: int) -> TuckAConfig:
 SIZE_FIELDS = (
     "r", "t", "p", "alpha", "pooling", "components", "normalize", "form", "tie_factors", "share_factors",
     "shared_expert", "trainable", "affinity", "init_router", "init_experts", "block_size", "trained_columns",
+    "axis_block_size",
 )  # fmt: skip
 """Fields that sizes depend on, and those that must fit them."""

@@ -31,7 +31,7 @@ REFERENCE = dict(
     form="multiplicative", tie_factors=True, share_factors=False, shared_expert=True, trainable="all",
     init_router="perturb", init_experts="identity", perturb_scale=1.0, pool_padding=False, balance_bias=False,
     balance_rate=1e-3, temperature=0.1, warm_start=0.0, router_depth=0, components=0, block_size=None,
-    trained_columns=None,
+    trained_columns=None, axis_block_size=None,
 )  # fmt: skip
 """TuckA's settings that a row need not name. Rows record what differs from these, not from the library's defaults, so
 that they keep their meaning when a default changes; never edit a value, only add fields that the library adds."""

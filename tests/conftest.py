@@ -20,6 +20,7 @@ PLAIN = dict(
     r=8, k=4, t=2, p=2, alpha=4.0, routing="sample", affinity="paper", pooling="mean_std", normalize=False,
     form="multiplicative", share_factors=False, shared_expert=True, trainable="all", init_router="perturb",
     init_experts="identity", block_size=None, trained_columns=None,
+    axis_block_size=None,
 )  # fmt: skip
 """Settings of tests that are about something else: the simplest of each, whatever the library's defaults are."""
 FORMS = [dict(form="multiplicative", tie_factors=True), dict(form="multiplicative", tie_factors=False),

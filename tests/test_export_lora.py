@@ -45,6 +45,10 @@ CASES = [
     ("t5", dict(form="multiplicative", affinity="cosine")),
     ("clip", dict(form="additive", routing="batch")),
     ("deberta", dict(form="multiplicative", routing="batch")),
+    ("bert", dict(form="additive", axis_block_size=4, share_factors=True, normalize="bounded")),
+    ("gpt2", dict(form="multiplicative", axis_block_size=2, target_modules="all-linear")),
+    ("llama", dict(form="multiplicative", target_modules="all-linear", share_inputs=True, axis_block_size=2)),
+    ("t5", dict(form="additive", affinity="cosine", axis_block_size=1)),
 ]
 
 

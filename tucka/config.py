@@ -23,6 +23,7 @@ PAPER = dict(
     share_factors=False,
     share_inputs=False,
     shared_expert=False,
+    axis_block_size=None,
     block_size=None,
     trained_columns=None,
     trainable="all",
@@ -86,6 +87,11 @@ class TuckAConfig(PeftConfig):
         their names (see `tucka.plan.INPUT_FAMILIES`); one that is given another tensor after all adapts that.
     shared_expert : bool
         One always-active R×R slice beside the routed groups.
+    axis_block_size : int, optional
+        A: another always-active slice, whose factors are the axes of the layer's input and whose core has diagonal
+        blocks of A×A: E in x' = x + Eᵀ x, as it is, whatever `alpha` and `normalize` say. It costs A·D parameters,
+        reaches every direction of a layer, and trains in every mode. What it adds to W has full rank, so a LoRA that
+        says the same is as large as W; without it (None) updates are of rank R.
     trained_columns : int, optional
         How many columns of every D-mode factor train, the leading ones; the others stay where they start, and cost
         parameters in the cores alone. None: all.
@@ -164,6 +170,7 @@ class TuckAConfig(PeftConfig):
     share_factors: bool = _help("Layers of one kind and width share their factors.", True)
     share_inputs: bool = _help("Layers that read one tensor share one adapted input (multiplicative form).", False)
     shared_expert: bool = _help("One always-active slice beside the routed groups.", True)
+    axis_block_size: Optional[int] = _help("Width of the blocks of a slice on the input's axes; None: none.", None)
     trainable: str = _help("'all', or 'core' to hold the D-mode factors.", "all")
     trained_columns: Optional[int] = _help("Columns of the D-mode factors that train; None: all.", 2)
     init_router: str = _help("Start of the centroids: 'perturb', 'kaiming', 'kmeans' or 'kmeans_balanced'.", "kmeans")

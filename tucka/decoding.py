@@ -1,6 +1,7 @@
 """The update while `generate` runs: its route lasts, so every layer multiplies out beforehand what no token changes.
 
-Shape legend: N routed units, S rows of a unit, D and O input and output features, R rank (see `tucka.ops`).
+Shape legend: N routed units, S rows of a unit, D and O input and output features, R rank, A width of
+blocks on the axes (see `tucka.ops`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Ready(NamedTuple):
     input_mode: Tensor  # (D, R)
     mix: Tensor | None  # (N, R, R); None: one for all rows
     output_mode: Tensor  # (R, O)
+    axis_blocks: Tensor | None  # (A, A, D/A)
     overwrite: bool  # whether what it adds to may be written to
 
     def serves(self, adapter_names: list[str], x: Tensor, current: Current) -> bool:
@@ -61,6 +63,7 @@ def make_ready(
     input_mode: Tensor,  # (D, R), in the precision of the product
     mix: Tensor,  # (N, R, R)
     output_mode: Tensor,  # (O, R)
+    axis_blocks: Tensor | None,  # (A, A, D/A)
     overwrite: bool,
 ) -> Ready | None:
     """A layer's update for the tokens to come of a `generate`, if the route that it was made with will last."""
@@ -74,5 +77,6 @@ def make_ready(
     input_mode = input_mode.mT.contiguous().mT  # a few rows are multiplied fastest with columns that lie together
     if len(mix) == 1:
         mixed_RO = (mix[0] @ output_RO).to(dtype)
-        return Ready(adapter_names, route, form, input_mode, None, mixed_RO, overwrite)
-    return Ready(adapter_names, route, form, input_mode, mix.to(dtype), output_RO.to(dtype).contiguous(), overwrite)
+        return Ready(adapter_names, route, form, input_mode, None, mixed_RO, axis_blocks, overwrite)
+    output_RO = output_RO.to(dtype).contiguous()
+    return Ready(adapter_names, route, form, input_mode, mix.to(dtype), output_RO, axis_blocks, overwrite)

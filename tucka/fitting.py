@@ -236,6 +236,7 @@ def _parts(config: TuckAConfig, plan: LayerPlan) -> list[str]:
         held_input=owns and holds,
         held_output=owns and holds and not tied,
         shared_core=config.shared_expert and plan.routed,
+        axis_core=config.axis_block_size is not None,
         lasso_expert=config.lasso > 0,
         lasso_input=config.lasso > 0,
         lasso_output=config.lasso > 0 and not tied,

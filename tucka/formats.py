@@ -17,7 +17,7 @@ from typing import Any
 
 from .fields import shown
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the files this release writes; files of a later version are refused."""
 
 
@@ -28,7 +28,12 @@ def _from_published_code(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {**PAPER, "pool_padding": True, "pool_answers": True}
 
 
-UPGRADES: dict[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {0: _from_published_code}
+def _without_axes(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Version 1: no slice on the input's axes."""
+    return {"axis_block_size": None}
+
+
+UPGRADES: dict[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {0: _from_published_code, 1: _without_axes}
 """By version: takes the fields of such a configuration, returns those that differ in the next version."""
 
 

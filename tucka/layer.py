@@ -16,7 +16,7 @@ from peft.utils.other import is_gptqmodel_quant_linear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import passes
+from . import ops, passes
 from .config import TuckAConfig
 from .decoding import Ready, make_ready
 from .dispatch import Dispatcher
@@ -145,6 +145,7 @@ class TuckALayer(nn.Module, BaseTunerLayer):
             trained_columns=config.trained(rank),
             tie_factors=config.tie_factors and not additive,
             shared_expert=config.shared_expert and routed,
+            axis_width=config.axis_block_size,
             factors_of=factors_of,
             normalize=config.normalize,
             hold_factors=config.trainable == "core",
@@ -176,7 +177,7 @@ class TuckALayer(nn.Module, BaseTunerLayer):
         owned, dtype = passes.may_overwrite(self.base_layer), passes.product_dtype(x)
         with passes.without_autocast(x):
             x, updates = self._updates(x, names, dtype, owned)
-            x = _added(x, updates, "multiplicative", owned)
+            x = _added(self._on_axes(x, names), updates, "multiplicative", owned)
         y = self.base_layer(x, *args, **kwargs)
         with passes.without_autocast(x):
             return _added(y, updates, "additive", owned)
@@ -195,7 +196,8 @@ class TuckALayer(nn.Module, BaseTunerLayer):
             if len(names) == 1 and name not in self.tucka_input_of and self._decodes:
                 current, form = self.dispatcher.current, self.tucka_form[name]
                 overwrite = owned and form == "additive"
-                ready = make_ready(current, names, form, input_mode.to(x.device, x.dtype), mix, output_mode, overwrite)
+                factors = input_mode.to(x.device, x.dtype), mix, output_mode, self.axis_blocks(name, x)
+                ready = make_ready(current, names, form, *factors, overwrite)
                 if ready is not None:
                     current.ready[self.name] = ready
         return x, updates
@@ -207,9 +209,24 @@ class TuckALayer(nn.Module, BaseTunerLayer):
 
     def _decoded(self, ready: Ready, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer with an update that was made ready."""
+        adapted = x if ready.axis_blocks is None else passes.add_on_axes(x, ready.axis_blocks)
         if ready.form == "multiplicative":
-            return self.base_layer(ready.add(x, x), *args, **kwargs)
-        return ready.add(self.base_layer(x, *args, **kwargs), x)
+            return self.base_layer(ready.add(adapted, x), *args, **kwargs)
+        return ready.add(self.base_layer(adapted, *args, **kwargs), x)
+
+    def _on_axes(self, x: Tensor, names: list[str]) -> Tensor:
+        """X with the slices on its axes."""
+        adapted = x
+        for name in names:
+            blocks = self.axis_blocks(name, x)
+            if blocks is not None:
+                adapted = passes.add_on_axes(x, blocks) if adapted is x else adapted + ops.on_axes(x, blocks)
+        return adapted
+
+    def axis_blocks(self, adapter_name: str, x: Tensor) -> Optional[Tensor]:
+        """E of an adapter, (A, A, D/A), for an input; None without such a slice."""
+        blocks = self.experts_of(adapter_name).axis_core
+        return None if blocks is None else blocks.to(x)
 
     def _shared_input(self, x: Tensor, names: list[str]) -> Tensor:
         """x', computed by whichever of the layers that read one tensor runs first."""
@@ -219,7 +236,7 @@ class TuckALayer(nn.Module, BaseTunerLayer):
             dtype = passes.product_dtype(x)
             with passes.without_autocast(x):
                 _, updates = self._updates(x, names, dtype, owned=False)  # several layers send gradients back
-                known = _added(x, updates, "multiplicative", False)
+                known = _added(self._on_axes(x, names), updates, "multiplicative", False)
             self.dispatcher.lend_input(makers, x, known)
         return known
 

@@ -21,7 +21,7 @@ from .targets import DEFAULT_TARGETS
 from .towers import Attachment, Tower
 
 FACTOR_NAMES = ("expert_factor", "input_factor", "output_factor", "held_input", "held_output")
-TENSOR_NAMES = ("core", "shared_core", *FACTOR_NAMES)
+TENSOR_NAMES = ("core", "shared_core", "axis_core", *FACTOR_NAMES)
 LASSO_NAMES = ("lasso_expert", "lasso_input", "lasso_output")
 ROUTER_NAMES = ("centroids", "initialised", "balance_bias", "center", "scale", "axes", "spread", "log_share")
 RESERVED_NAMES = frozenset([*TENSOR_NAMES, *LASSO_NAMES, *ROUTER_NAMES])

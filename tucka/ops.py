@@ -9,6 +9,7 @@ Legend, used throughout the package (shape suffixes and einsum letters):
     N  routed units (B samples, or 1 for a whole batch)
     F  length of a routing feature L  adapted layers
     H  width of the diagonal blocks of a core (H = R: a full core)
+    A  width of the diagonal blocks of the slice on the input's own axes
 
 Source: TuckA, arXiv 2511.06859, section 3; `mean_std`, the shared slice and the additive form go beyond the paper.
 """
@@ -118,6 +119,26 @@ def add_update(
     mixed_NSR = torch.bmm(by_unit(projected, mix.shape[0]), mix).to(onto.dtype)
     flat = torch.addmm(onto.reshape(-1, onto.shape[-1]), mixed_NSR.flatten(0, 1), output_factor.mT)
     return flat.reshape(onto.shape)
+
+
+def on_axes(
+    x: Tensor,  # (..., D)
+    blocks: Tensor,  # (A, A, D/A)
+) -> Tensor:  # (..., D)
+    """The slice on the axes of x: entry h·D/A + d of x goes to all q·D/A + d, by the factor E[h,q,d].
+
+    Axes that meet lie D/A apart, so that every product is of vectors that lie together.
+    """
+    x_AD = x.unflatten(-1, (blocks.shape[0], -1))
+    return (x_AD.unsqueeze(-2) * blocks).sum(-3).reshape(x.shape)
+
+
+def axes_matrix(
+    blocks: Tensor,  # (A, A, D/A)
+) -> Tensor:  # (D, D)
+    """The matrix E of the slice on the axes: x E is what it adds to x."""
+    same_place = torch.eye(blocks.shape[2], dtype=blocks.dtype, device=blocks.device)
+    return torch.einsum("hqd,de->hdqe", blocks, same_place).flatten(2).flatten(0, 1)
 
 
 def by_unit(

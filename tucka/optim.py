@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .model import layers_of, single_adapter_name
 
-KINDS = {"core": "cores", "shared_core": "cores"}
+KINDS = {"core": "cores", "shared_core": "cores", "axis_core": "cores"}
 """The group of a parameter of the experts; that of all others is "factors"."""
 
 APART = ("shared_core", "expert_factor")

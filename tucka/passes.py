@@ -15,6 +15,7 @@ Shape legend: N routed units, S rows of a unit, D and O input and output feature
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from itertools import product
 from typing import Any
 
 import torch
@@ -116,6 +117,43 @@ def add_product(
     if overwrite:  # a detached tensor shares the version counter: whoever kept `onto` for backward is told
         return _rows(onto.detach()).addmm_(rows, factor).view(onto.shape)
     return torch.addmm(_rows(onto), rows, factor).view(onto.shape)
+
+
+def add_on_axes(
+    x: Tensor,  # (..., D)
+    blocks: Tensor,  # (A, A, D/A)
+) -> Tensor:  # (..., D)
+    """X + x E, in a tensor of its own, with what backward needs of it kept once."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return x + ops.on_axes(x, blocks)
+    return _AddOnAxes.apply(x, blocks)
+
+
+class _AddOnAxes(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, blocks: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, blocks)
+        return _plus_on_axes(x, blocks)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+        x, blocks = ctx.saved_tensors
+        grad_blocks = None
+        if ctx.needs_input_grad[1]:
+            grad_blocks = torch.empty_like(blocks)
+            x_AD, grad_AD = (rows.reshape(-1, *blocks.shape[1:]) for rows in (x, grad))
+            for h, q in product(range(len(blocks)), repeat=2):
+                grad_blocks[h, q] = (x_AD[:, h] * grad_AD[:, q]).sum(0)  # an einsum would be strided products
+        return _plus_on_axes(grad, blocks.transpose(0, 1)) if ctx.needs_input_grad[0] else None, grad_blocks
+
+
+def _plus_on_axes(x: Tensor, blocks: Tensor) -> Tensor:
+    """X + x E by fused products and sums, which write no tensor but the one they return."""
+    out = x.clone(memory_format=torch.contiguous_format)
+    x_AD, out_AD = (rows.unflatten(-1, blocks.shape[1:]) for rows in (x, out))
+    for h, q in product(range(len(blocks)), repeat=2):
+        out_AD[..., q, :].addcmul_(x_AD[..., h, :], blocks[h, q])
+    return out
 
 
 class _Project(Function):

@@ -1,7 +1,7 @@
 """State dicts: checking them before anything is copied, and reading those of the paper's published code.
 
 An adapter is PEFT's two files; `tucka.weights` checks them before a model is touched. Keys end in
-`tucka_experts.{core, expert_factor, input_factor, output_factor, held_input, held_output, shared_core}` and
+`tucka_experts.{core, expert_factor, input_factor, output_factor, held_input, held_output, shared_core, axis_core}` and
 `tucka_router.{centroids, center, scale, axes, spread, initialised, balance_bias}`; a shared factor stands at the layer
 that owns it and nowhere else.
 """

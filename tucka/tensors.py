@@ -5,6 +5,7 @@ an expert, H width of a core's diagonal blocks (see `tucka.ops`).
 
 The tensor 𝒯 ∈ ℝ^{K×T×D×O} has the core 𝒢 ∈ ℝ^{K×P×R×R} and the factors (I_K, C ∈ ℝ^{T×P}, U ∈ ℝ^{D×R}, V ∈ ℝ^{O×R}).
 The matrices of the core may be zero beside diagonal blocks of H×H; then the blocks alone are held, (K, P, R, H).
+Beside it there may be an always-active slice whose factors are the axes of the input, E ∈ ℝ^{D×D} of diagonal blocks.
 A slice 𝒯[i,j] acts on row vectors; for a column vector it is its transpose, V (Σ_p C[j,p] 𝒢[i,p])ᵀ Uᵀ ∈ ℝ^{O×D}.
 """
 
@@ -32,8 +33,8 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
     """A `tltorch.TuckerTensor` whose group mode is fixed to the identity and whose D-modes may be one.
 
     Only free parameters are registered, each once: `core`, `expert_factor` (C), `input_factor` (U), `output_factor`
-    (V, unless tied), `shared_core` (the always-active slice, if any) and the weights of a tensor lasso (if any). Where
-    only the leading columns of U and V train, the factors are these, and buffers hold the others.
+    (V, unless tied), `shared_core` and `axis_core` (the always-active slices, if any) and the weights of a tensor lasso
+    (if any). Where only the leading columns of U and V train, the factors are these, and buffers hold the others.
 
     Parameters
     ----------
@@ -46,6 +47,8 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
     held_input, held_output : Tensor, (D, R − Q) and (O, R − Q), optional
         The columns of U and V that are held.
     shared_core : Parameter, (R, H), optional
+    axis_core : Parameter, (A, A, D/A), optional
+        The always-active slice on the input's own axes, which acts as it is; see `ops.on_axes`.
     factors_of : ExpertTensor, optional
         Take the D-mode factors of that tensor instead of own ones.
     normalize : {False, True, "bounded"}
@@ -69,6 +72,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         held_input: Tensor | None = None,
         held_output: Tensor | None = None,
         shared_core: nn.Parameter | None = None,
+        axis_core: nn.Parameter | None = None,
         factors_of: ExpertTensor | None = None,
         normalize: bool | str = False,
         hold_factors: bool = False,
@@ -86,6 +90,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         self.register_buffer("held_input", held_input)
         self.register_buffer("held_output", held_output)
         self.register_parameter("shared_core", shared_core)
+        self.register_parameter("axis_core", axis_core)
         self.lasso = lasso
         tied = (factors_of or self).output_factor is None
         modes = dict(
@@ -110,6 +115,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         trained_columns: int | None = None,
         tie_factors: bool = False,
         shared_expert: bool = False,
+        axis_width: int | None = None,
         factors_of: ExpertTensor | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -118,6 +124,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         """Zero experts of that shape and rank; with `tie_factors` (needs D = O) both D-modes are one.
 
         `block_width` is H; default: R, a full core. Of U and V `trained_columns` columns train; default: all.
+        `axis_width` is A; default: no slice on the axes.
         """
         (k, t, d, o), (p, r) = shape, rank
         w, q = block_width or r, r if trained_columns is None else min(trained_columns, r)
@@ -140,6 +147,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
             held_input=held(d) if owns_input and q < r else None,
             held_output=held(o) if owns_output and q < r else None,
             shared_core=parameter(r, w) if shared_expert else None,
+            axis_core=parameter(axis_width, axis_width, d // axis_width) if axis_width else None,
             factors_of=factors_of,
             **options,
         )
@@ -225,8 +233,9 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
     def identity_(self) -> ExpertTensor:
         """Zero cores, orthonormal factors: no update, yet the cores receive gradient."""
         nn.init.zeros_(self.core)
-        if self.shared_core is not None:
-            nn.init.zeros_(self.shared_core)
+        for always in (self.shared_core, self.axis_core):
+            if always is not None:
+                nn.init.zeros_(always)
         for trained, held in self._own_factors():
             whole = torch.empty_like(joined(trained.detach(), held))
             split_(nn.init.orthogonal_(whole), trained, held)
@@ -275,6 +284,8 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         terms = self.core[0].numel()  # products that an entry of the formed tensor is a sum of
         for part in parts:
             nn.init.normal_(part, std=(std / terms**0.5) ** 0.25)
+        if self.axis_core is not None:
+            nn.init.normal_(self.axis_core, std=std)
         with torch.no_grad():
             for core in (self.core, self.shared_core):
                 if core is not None:

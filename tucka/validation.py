@@ -62,6 +62,8 @@ def validate(config: TuckAConfig) -> None:
         _check_count("block_size", config.block_size)
     if config.trained_columns is not None:
         _check_count("trained_columns", config.trained_columns)
+    if config.axis_block_size is not None:
+        _check_count("axis_block_size", config.axis_block_size)
     config.require_blocks(config.r, f"r={config.r}")
     for pattern, rank in (config.rank_pattern or {}).items():
         _check_count(f"rank_pattern[{pattern!r}]", rank)

@@ -165,8 +165,9 @@ def expert_shapes(
     factors: dict[str, Shape] = dict(expert_factor=(t, p), input_factor=(d, q), output_factor=(o, q))
     factors |= dict(held_input=(d, r - q), held_output=(o, r - q))
     lasso: dict[str, Shape] = dict(lasso_expert=(p,), lasso_input=(r,), lasso_output=(r,))
-    w = config.block_width(r)
-    return {"core": (k, p, r, w), "shared_core": (r, w), **factors, **lasso}
+    w, a = config.block_width(r), config.axis_block_size or 0
+    axes = (a, a, d if d is None else d // max(a, 1))
+    return {"core": (k, p, r, w), "shared_core": (r, w), "axis_core": axes, **factors, **lasso}
 
 
 def router_shapes(config: TuckAConfig, width: int | None) -> dict[str, Shape]:
@@ -204,8 +205,8 @@ def _check_shapes(path: Path, header: dict[str, Declared], config: TuckAConfig) 
             given = tuple("…" if size is None else size for size in expected)
             raise ValueError(
                 f"{path}: {key} has shape {shape}, but k={config.k}, t={config.t}, p={config.p}, "
-                f"r={rank}, block_size={config.block_size}, trained_columns={config.trained_columns} of its "
-                f"configuration give {given}"
+                f"r={rank}, block_size={config.block_size}, trained_columns={config.trained_columns}, "
+                f"axis_block_size={config.axis_block_size} of its configuration give {given}"
             )
 
 

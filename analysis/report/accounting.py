@@ -34,6 +34,7 @@ def trained_parameters(adapter: Adapter) -> pd.DataFrame:
         sizes["cores"] += layer.core[..., :width].numel()
         sizes["expert factors"] += layer.expert_factor.numel()
         sizes["shared slices"] += 0 if layer.shared is None else layer.shared[:, :width].numel()
+        sizes["shared slices"] += 0 if layer.axes is None else layer.axes.numel()
     sizes["router"] = sum(router.centroids.numel() for router in adapter.routers)
     return pd.DataFrame(list(sizes.items()), columns=["part", "parameters"])
 

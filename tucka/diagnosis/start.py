@@ -55,7 +55,7 @@ def cores_are_zero(subject: Subject) -> bool:
 def _cores(subject: Subject) -> dict[str, Tensor]:
     """Everything in a layer that its update is a multiple of, by layer name."""
     parts = {
-        name: [part for part in (experts.core, experts.shared_core) if part is not None]
+        name: [part for part in (experts.core, experts.shared_core, experts.axis_core) if part is not None]
         for name, experts in subject.experts.items()
     }
     return {name: torch.cat([part.detach().flatten() for part in found]) for name, found in parts.items()}

@@ -1,7 +1,8 @@
 """The update of a layer at a fixed route, as the two factors of an ordinary LoRA.
 
 With row vectors the update is x U M Vᵀ: added to the output (additive form), or to the input that W then sees
-(multiplicative form, Δy = x U M Uᵀ Wᵀ). Both are x Aᵀ Bᵀ with A = Uᵀ and B = α V Mᵀ or B = α W U Mᵀ, of rank R.
+(multiplicative form, Δy = x U M Uᵀ Wᵀ). Both are x Aᵀ Bᵀ with A = Uᵀ and B = α V Mᵀ or B = α W U Mᵀ, of rank R. A slice
+on the axes adds x E Wᵀ, whose rank is that of W.
 
 Shape legend: K groups, T experts in a group, D input features, O output features, R rank (see `tucka.ops`).
 """
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ..layer import TuckALayer
 from ..model import layers_of
+from ..ops import axes_matrix
 from ..tensors import ExpertTensor
 from ..towers import SHARED_INPUT_METHODS
 from .routes import FixedRoute
@@ -72,7 +74,21 @@ def low_rank_update(
     out_RO = mix_RR @ output_mode.mT
     if layer.tucka_form[name] == "multiplicative":
         out_RO = through_weight(layer.get_base_layer(), out_RO)
+    blocks = layer.axis_blocks(name, mix_RR)
+    if blocks is not None:
+        on_axes_DO = through_weight(layer.get_base_layer(), axes_matrix(blocks))
+        return whole_update(on_axes_DO.to(mix_RR) + input_mode @ out_RO.to(mix_RR))
     return LowRank(input_mode.mT.contiguous().clone(), out_RO.mT.to(mix_RR).contiguous())
+
+
+def whole_update(
+    matrix: Tensor,  # (D, O)
+) -> LowRank:
+    """An update y + x Δ as a `LowRank` of the rank of the narrower side: one of its factors is the identity."""
+    features, outputs = matrix.shape
+    if features <= outputs:
+        return LowRank(torch.eye(features, dtype=matrix.dtype, device=matrix.device), matrix.mT.contiguous())
+    return LowRank(matrix.mT.contiguous(), torch.eye(outputs, dtype=matrix.dtype, device=matrix.device))
 
 
 def mixed(

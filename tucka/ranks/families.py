@@ -74,7 +74,8 @@ class Family(NamedTuple):
         """Trainable parameters at rank R and, in routed layers, shared rank P: factors once, the rest of every layer.
 
         D·R (tied) or (D + O)·R (of columns that are not held), and for each layer (K·P + 1 with a shared slice)·R·H,
-        T·P, and the weights of a tensor lasso. H is R, and as many columns train as do now, unless given.
+        T·P, A·D with a slice on the axes, and the weights of a tensor lasso. H is R, and as many columns train as do
+        now, unless given.
         """
         first = self.experts[0]
         widths = len(first.input_mode) + (0 if self.tied else len(first.output_mode))
@@ -86,6 +87,7 @@ class Family(NamedTuple):
                 inner = p
             slices = groups * inner + (0 if experts.shared_core is None else 1)
             total += slices * rank * (width or rank) + per_group * inner
+            total += 0 if experts.axis_core is None else experts.axis_core.numel()
             if experts.lasso_weights:
                 total += inner + (len(experts.lasso_weights) - 1) * rank
         return total

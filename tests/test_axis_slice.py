@@ -1,0 +1,205 @@
+"""The always-active slice on the axes of a layer's input: x' = x + x E, with E of diagonal blocks."""
+
+import copy
+
+import pytest
+import torch
+from conftest import (
+    FORMS,
+    adapted,
+    adapter_state,
+    assert_same_state,
+    batch_for,
+    build,
+    outputs,
+    plain_config,
+    randomise,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from torch import nn
+
+import tucka
+from analysis.adapters import adapter_of, read_adapter
+from analysis.parameters import count, layer_shapes
+from analysis.report.accounting import trained_parameters
+from tucka import ops, passes
+from tucka.model import layers_of
+from tucka.ranks import adapter_parameters, expand, truncate
+
+
+def slow_matrix(blocks):
+    """E entry by entry: h·D/A + d goes to q·D/A + d."""
+    width, _, places = blocks.shape
+    matrix = blocks.new_zeros(width * places, width * places)
+    for h in range(width):
+        for q in range(width):
+            for d in range(places):
+                matrix[h * places + d, q * places + d] = blocks[h, q, d]
+    return matrix
+
+
+@settings(max_examples=40, deadline=None)
+@given(width=st.integers(1, 4), places=st.integers(1, 3), rows=st.lists(st.integers(0, 3), max_size=3))
+def test_it_multiplies_by_a_matrix_of_diagonal_blocks(width, places, rows):
+    blocks = torch.randn(width, width, places, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(*rows, width * places, dtype=torch.float64, requires_grad=True)
+    matrix = slow_matrix(blocks)
+    torch.testing.assert_close(ops.axes_matrix(blocks), matrix, rtol=0, atol=0)
+    expected = x + x @ matrix
+    weights = torch.randn_like(expected)
+    slow = torch.autograd.grad((expected * weights).sum(), (x, blocks))
+    for found in (x + ops.on_axes(x, blocks), passes.add_on_axes(x, blocks)):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        for one, other in zip(torch.autograd.grad((found * weights).sum(), (x, blocks)), slow):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_its_gradient_and_the_gradient_of_that():
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    blocks = torch.randn(3, 3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(passes.add_on_axes, (x, blocks))
+    assert torch.autograd.gradgradcheck(passes.add_on_axes, (x, blocks))
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["passes", "plain"])
+@pytest.mark.parametrize("trainable", ["all", "core"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_layer_adds_it_to_what_its_experts_do(form, trainable, hooked):
+    """Against the same layer without it, whose weight has E in it."""
+    fields = dict(r=3, k=3, t=2, p=2, target_modules=["0"], init_experts="kaiming", trainable=trainable, **form)
+    torch.manual_seed(3)
+    base = nn.Sequential(nn.Linear(6, 5)).double()
+    model = randomise(tucka.apply(copy.deepcopy(base), plain_config(**fields, axis_block_size=2)))
+    (layer,) = layers_of(model)
+    experts = layer.tucka_experts["default"]
+    x = torch.randn(4, 3, 6, dtype=torch.float64, requires_grad=True)
+    if hooked:
+        layer.base_layer.register_forward_hook(lambda *args: None)
+    model(x)  # starts the router
+    matrix = slow_matrix(experts.axis_core)
+
+    y = model(x)
+    without, kept = layer.base_layer(x), experts.axis_core
+    del experts.axis_core
+    experts.register_parameter("axis_core", None)
+    plain = model(x)
+    experts.axis_core = kept
+    assert kept.abs().min() > 0
+    torch.testing.assert_close(y - plain, layer.base_layer(x + x @ matrix) - without, rtol=1e-10, atol=1e-12)
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    weights = torch.randn_like(y)
+    found = torch.autograd.grad((y * weights).sum(), [x, *parameters], allow_unused=True, materialize_grads=True)
+    slow = plain + layer.base_layer(x + x @ matrix) - without
+    expected = torch.autograd.grad((slow * weights).sum(), [x, *parameters], allow_unused=True, materialize_grads=True)
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("normalize", [False, True, "bounded"])
+@pytest.mark.parametrize("name", ["bert", "deberta", "vit", "gpt2", "llama", "t5", "clip"])
+def test_it_starts_at_the_base_model_trains_saves_and_loads(name, normalize, tmp_path):
+    base, batch = build(name), batch_for(name)
+    expected = outputs(base, batch)
+    fields = dict(form="additive", share_factors=True, affinity="cosine", init_router="kmeans", t=1, p=1)
+    kinds = dict(
+        r=4, k=2, axis_block_size=2, normalize=normalize, init_experts="kaiming" if normalize is True else "identity"
+    )
+    model = tucka.apply(base, plain_config(**fields, **kinds), calibration=[batch])
+    if normalize is not True:
+        assert torch.equal(outputs(model, batch), expected)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    moved = [layer.tucka_experts["default"].axis_core for layer in layers_of(model)]
+    assert all(bool(core.any()) for core in moved)
+    trained = outputs(model.eval(), batch)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(name), tmp_path).eval()
+    assert_same_state(adapter_state(loaded), adapter_state(model))
+    assert torch.equal(outputs(loaded, batch), trained)
+    with model.disable_adapter():
+        assert torch.equal(outputs(model, batch), expected)
+
+
+def test_two_adapters_add_theirs():
+    model, batch = adapted("bert", torch.float64, axis_block_size=2, form="additive"), batch_for("bert")
+    config = plain_config(r=4, k=3, axis_block_size=4, form="additive")
+    model.add_adapter("other", config)
+    randomise(model)
+    layer = layers_of(model)[0]
+    x = torch.randn(3, 7, layer.in_features, dtype=torch.float64)
+    first, second = (slow_matrix(layer.tucka_experts[name].axis_core) for name in ("default", "other"))
+    torch.testing.assert_close(layer._on_axes(x, ["default", "other"]), x + x @ first + x @ second)
+    model.base_model.set_adapter(["default", "other"])
+    assert outputs(model, batch).isfinite().all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_generated_tokens_have_it(name, form):
+    model = adapted(name, torch.float64, axis_block_size=2, **form).eval()
+    batch = batch_for(name)
+    prompt = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    options = dict(
+        max_new_tokens=4, min_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    ready = model.generate(**prompt, **options)
+    slow = model.generate(**prompt, use_cache=False, **options)
+    assert torch.equal(ready.sequences, slow.sequences)
+    torch.testing.assert_close(torch.stack(ready.logits), torch.stack(slow.logits), rtol=1e-8, atol=1e-8)
+    for layer in layers_of(model):
+        nn.init.zeros_(layer.tucka_experts["default"].axis_core)
+    without = model.generate(**prompt, **options)
+    assert not torch.allclose(without.logits[-1], ready.logits[-1], atol=1e-3)
+
+
+def test_truncating_and_expanding_leave_it_alone():
+    fields = dict(form="additive", normalize="bounded", affinity="cosine", t=1, p=1)
+    model, batch = adapted("bert", torch.float64, axis_block_size=4, **fields), batch_for("bert")
+    kept = {key: value.clone() for key, value in model.state_dict().items() if "axis_core" in key}
+    before = outputs(model, batch)
+    expand(model, k=6)
+    torch.testing.assert_close(outputs(model, batch), before, rtol=1e-4, atol=1e-5)  # copies are told apart by little
+    truncate(model, rank=2)
+    assert kept and all(torch.equal(model.state_dict()[key], value) for key, value in kept.items())
+
+
+@pytest.mark.parametrize("fields", [{}, {"trainable": "core"}, {"form": "multiplicative"}, {"share_factors": True}])
+def test_counts_are_closed(fields, tmp_path):
+    fields = dict(form="additive", k=3, r=4, target_modules=["query", "dense"], axis_block_size=4) | fields
+    config = plain_config(**fields)
+    expected = count(layer_shapes(build("bert"), config.target_modules), "tucka", config=config).total
+    model = tucka.apply(build("bert"), config)
+    trained = sum(value.numel() for name, value in model.named_parameters() if ".tucka_" in name)
+    assert trained == adapter_parameters(model) == expected
+    assert trained_parameters(adapter_of(model)).parameters.sum() == expected
+    model.save_pretrained(tmp_path)
+    assert trained_parameters(read_adapter(tmp_path)).parameters.sum() == expected
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="axis_block_size=0 is not a whole number of at least 1"):
+        plain_config(axis_block_size=0)
+    model = build("bert")
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=r"axis_block_size=5 does not divide in_features=32 of layer 'bert\.encoder"):
+        tucka.apply(model, plain_config(r=4, axis_block_size=5))
+    assert [name for name, _ in model.named_modules()] == names
+
+
+def test_a_file_of_another_size_is_refused(tmp_path):
+    adapted("bert", axis_block_size=2).save_pretrained(tmp_path)
+    config = (tmp_path / "adapter_config.json").read_text()
+    (tmp_path / "adapter_config.json").write_text(config.replace('"axis_block_size": 2', '"axis_block_size": 4'))
+    with pytest.raises(ValueError, match=r"axis_core has shape \(2, 2, 16\).*axis_block_size=4 .* give \(4, 4, '…'\)"):
+        PeftModel.from_pretrained(build("bert"), tmp_path)
+
+
+def test_files_of_before_have_none():
+    assert tucka.TuckAConfig(format_version=1, axis_block_size=2).axis_block_size is None
+    assert tucka.TuckAConfig.paper().axis_block_size is None
