@@ -13,8 +13,8 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 GROUPS = {
     "factor_lr": ("input_factor", "output_factor", "expert_factor"),
-    "shared_lr": ("shared_core",),
-    "core_lr": ("core", "shared_core"),
+    "shared_lr": ("shared_core", "axis_core"),
+    "core_lr": ("core", "shared_core", "axis_core"),
     "router_lr": ("centroids",),
     "head_lr": ("modules_to_save",),
 }

@@ -24,8 +24,8 @@ TUCKA: dict[str, dict[str, Any]] = {
     "tucka": {},
     "tucka-batch": {"routing": "batch"},
     "tucka-multiplicative": {"form": "multiplicative"},
-    "tucka-core": {"trainable": "core"},
-    "tucka-core-batch": {"trainable": "core", "routing": "batch"},
+    "tucka-core": {"trainable": "core", "axis_block_size": None},
+    "tucka-core-batch": {"trainable": "core", "axis_block_size": None, "routing": "batch"},
 }
 """What each arm changes in the library's default."""
 

@@ -48,7 +48,7 @@ EXAMPLE = "rank_selection"
 
 UNIFORM, SUGGESTED, TRUNCATED, RECOVERED = "one rank", "suggested", "truncated", "truncated, one more epoch"
 
-FULL = dict(block_size=None, trained_columns=None, init_experts="gradient")
+FULL = dict(block_size=None, axis_block_size=None, trainable="all", init_experts="gradient")
 """Full cores between factors that all train: their ranks are what parameters, spectra and truncation go by."""
 
 

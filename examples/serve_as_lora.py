@@ -173,7 +173,9 @@ def main(argv: list[str] | None = None) -> Served:
 
     calibration = [batch_of(*requests(64, STEPS, generator)) for _ in range(4)]
     targets = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
-    config = tucka.TuckAConfig(r=RANK, k=DIALECTS, target_modules=targets, task_type="CAUSAL_LM")
+    config = tucka.TuckAConfig(
+        r=RANK, k=DIALECTS, axis_block_size=None, trainable="all", target_modules=targets, task_type="CAUSAL_LM"
+    )
     model = tucka.apply(base, config, calibration=calibration, progress=False)
     train(model, STEPS, arguments.updates, RATE, generator, "adaptation")
 

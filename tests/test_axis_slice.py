@@ -18,6 +18,7 @@ from conftest import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import nn
 
 import tucka
@@ -165,7 +166,7 @@ def test_truncating_and_expanding_leave_it_alone():
     before = outputs(model, batch)
     expand(model, k=6)
     torch.testing.assert_close(outputs(model, batch), before, rtol=1e-4, atol=1e-5)  # copies are told apart by little
-    truncate(model, rank=2)
+    truncate(model, ranks=2)
     assert kept and all(torch.equal(model.state_dict()[key], value) for key, value in kept.items())
 
 
@@ -185,19 +186,44 @@ def test_counts_are_closed(fields, tmp_path):
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="axis_block_size=0 is not a whole number of at least 1"):
         plain_config(axis_block_size=0)
-    model = build("bert")
-    names = [name for name, _ in model.named_modules()]
-    with pytest.raises(ValueError, match=r"axis_block_size=5 does not divide in_features=32 of layer 'bert\.encoder"):
-        tucka.apply(model, plain_config(r=4, axis_block_size=5))
-    assert [name for name, _ in model.named_modules()] == names
+
+
+@pytest.mark.parametrize("asked,features,width", [(2, 9, 1), (4, 6, 2), (6, 9, 3), (16, 8, 8), (5, 5, 5)])
+def test_a_width_that_does_not_divide_gives_way_to_the_largest_divisor(asked, features, width):
+    model = nn.Sequential(nn.Linear(features, 5))
+    fields = dict(r=2, target_modules=["0"], axis_block_size=asked)
+    config = plain_config(**fields)
+    model = tucka.apply(model, config)
+    (layer,) = layers_of(model)
+    assert layer.tucka_experts["default"].axis_core.shape == (width, width, features // width)
+    trained = sum(value.numel() for name, value in model.named_parameters() if ".tucka_" in name)
+    assert trained == count(layer_shapes(nn.Sequential(nn.Linear(features, 5)), ["0"]), "tucka", config=config).total
 
 
 def test_a_file_of_another_size_is_refused(tmp_path):
     adapted("bert", axis_block_size=2).save_pretrained(tmp_path)
     config = (tmp_path / "adapter_config.json").read_text()
     (tmp_path / "adapter_config.json").write_text(config.replace('"axis_block_size": 2', '"axis_block_size": 4'))
-    with pytest.raises(ValueError, match=r"axis_core has shape \(2, 2, 16\).*axis_block_size=4 .* give \(4, 4, '…'\)"):
+    with pytest.raises(ValueError, match=r"axis_core has shape \(2, 2, 16\) in the adapter file, \(4, 4, 8\) in"):
         PeftModel.from_pretrained(build("bert"), tmp_path)
+
+
+@pytest.mark.parametrize("rank", [3, 40])
+def test_a_lora_of_a_lower_rank_is_the_nearest_one(rank, tmp_path):
+    model, batch = adapted("bert", axis_block_size=2, form="additive").eval(), batch_for("bert")
+    (exact,) = tucka.to_lora(model, tmp_path / "exact", "mean", [batch]).loras
+    report = tucka.to_lora(model, tmp_path / "cut", "mean", [batch], rank=rank)
+    assert set(report.ranks.values()) == {min(rank, 32)}
+    if rank < 32:
+        assert exact.error.outputs < report.loras[0].error.outputs
+    full, short = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("exact", "cut"))
+    for key in (key for key in full if "lora_A" in key):
+        other = key.replace("lora_A", "lora_B")
+        whole = full[other] @ full[key]
+        values = torch.linalg.svdvals(whole)
+        assert (short[other] @ short[key] - whole).norm() <= values[rank:].norm() * 1.001 + 1e-4
+    with pytest.raises(ValueError, match="a LoRA has a rank of at least 1, got rank=0"):
+        tucka.to_lora(model, tmp_path / "cut", 0, rank=0)
 
 
 def test_files_of_before_have_none():

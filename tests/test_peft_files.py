@@ -33,6 +33,7 @@ from peft_surface import (
 from safetensors.torch import load_file
 
 import tucka
+from tucka.formats import FORMAT_VERSION
 
 
 class TestFiles:
@@ -57,7 +58,7 @@ class TestFiles:
         model.push_to_hub("someone/adapter")
         assert set(sent) == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
         config = json.loads(sent["adapter_config.json"])
-        assert (config["peft_type"], config["format_version"]) == ("TUCKA", 1)
+        assert (config["peft_type"], config["format_version"]) == ("TUCKA", FORMAT_VERSION)
         assert (config["r"], config["k"], config["inference_mode"]) == (4, 3, True)
         assert sorted(config["target_modules"]) == QUERY_VALUE
 
@@ -70,7 +71,7 @@ class TestFiles:
             "README.md",
         }
         assert_same_tensors(load_file(tmp_path / "adapter_model.safetensors"), stored(model))
-        assert json.loads((tmp_path / "adapter_config.json").read_text())["format_version"] == 1
+        assert json.loads((tmp_path / "adapter_config.json").read_text())["format_version"] == FORMAT_VERSION
         assert "library_name: peft" in (tmp_path / "README.md").read_text()
         assert not model.peft_config["default"].inference_mode
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import InitVar, dataclass, field, fields
 from typing import Any, Optional, Union
 
@@ -89,9 +90,10 @@ class TuckAConfig(PeftConfig):
         One always-active R×R slice beside the routed groups.
     axis_block_size : int, optional
         A: another always-active slice, whose factors are the axes of the layer's input and whose core has diagonal
-        blocks of A×A: E in x' = x + Eᵀ x, as it is, whatever `alpha` and `normalize` say. It costs A·D parameters,
-        reaches every direction of a layer, and trains in every mode. What it adds to W has full rank, so a LoRA that
-        says the same is as large as W; without it (None) updates are of rank R.
+        blocks of A×A (in a layer whose width A does not divide, of the largest divisor of both): E in x' = x + Eᵀ x, as
+        it is, whatever `alpha` and `normalize` say. It costs A·D parameters, reaches every direction of a layer, and
+        trains in every mode. What it adds to W has full rank, so a LoRA that says the same is as large as W; without
+        it (None) updates are of rank R.
     trained_columns : int, optional
         How many columns of every D-mode factor train, the leading ones; the others stay where they start, and cost
         parameters in the cores alone. None: all.
@@ -153,7 +155,7 @@ class TuckAConfig(PeftConfig):
         If a value is outside its range; the message names the field, the value and the rule.
     """
 
-    r: int = _help("Rank of every expert.", 24)
+    r: int = _help("Rank of every expert.", 20)
     k: int = _help("Number of expert groups.", 4)
     t: int = _help("Experts in each group.", 1)
     p: int = _help("Rank shared by the experts of a group.", 1)
@@ -170,9 +172,9 @@ class TuckAConfig(PeftConfig):
     share_factors: bool = _help("Layers of one kind and width share their factors.", True)
     share_inputs: bool = _help("Layers that read one tensor share one adapted input (multiplicative form).", False)
     shared_expert: bool = _help("One always-active slice beside the routed groups.", True)
-    axis_block_size: Optional[int] = _help("Width of the blocks of a slice on the input's axes; None: none.", None)
-    trainable: str = _help("'all', or 'core' to hold the D-mode factors.", "all")
-    trained_columns: Optional[int] = _help("Columns of the D-mode factors that train; None: all.", 2)
+    axis_block_size: Optional[int] = _help("Width of the blocks of a slice on the input's axes; None: none.", 2)
+    trainable: str = _help("'all', or 'core' to hold the D-mode factors.", "core")
+    trained_columns: Optional[int] = _help("Columns of the D-mode factors that train; None: all.", None)
     init_router: str = _help("Start of the centroids: 'perturb', 'kaiming', 'kmeans' or 'kmeans_balanced'.", "kmeans")
     init_experts: str = _help("Start of the experts: 'identity', 'kaiming', 'hosvd' or 'gradient'.", "identity")
     warm_start: float = _help("Norm of the experts that 'hosvd' and 'gradient' start with; 0: the base model.", 0.0)
@@ -247,6 +249,10 @@ class TuckAConfig(PeftConfig):
     def block_width(self, rank: int) -> int:
         """H, entries in a row of a core of that rank."""
         return min(self.block_size or rank, rank)
+
+    def axis_width(self, features: int) -> Optional[int]:
+        """A in a layer of so many input features: the largest divisor of both; None without a slice on the axes."""
+        return None if self.axis_block_size is None else math.gcd(self.axis_block_size, features)
 
     def trained(self, rank: int) -> int:
         """Columns of a factor of that rank that are no buffer of their own (`held_input`, `held_output`)."""

@@ -145,7 +145,7 @@ class TuckALayer(nn.Module, BaseTunerLayer):
             trained_columns=config.trained(rank),
             tie_factors=config.tie_factors and not additive,
             shared_expert=config.shared_expert and routed,
-            axis_width=config.axis_block_size,
+            axis_width=config.axis_width(self.in_features),
             factors_of=factors_of,
             normalize=config.normalize,
             hold_factors=config.trainable == "core",

@@ -15,8 +15,8 @@ from .model import layers_of, single_adapter_name
 KINDS = {"core": "cores", "shared_core": "cores", "axis_core": "cores"}
 """The group of a parameter of the experts; that of all others is "factors"."""
 
-APART = ("shared_core", "expert_factor")
-"""Parameters of the experts that are a group of their own where they are given a rate."""
+APART = {"shared_core": "shared_core", "axis_core": "shared_core", "expert_factor": "expert_factor"}
+"""Parameters of the experts that are in a group apart where that is given a rate, and the group."""
 
 
 def param_groups(
@@ -37,8 +37,9 @@ def param_groups(
     ============= ==================================================== ============= ========================
     ``name``      parameters                                           learning rate weight decay
     ============= ==================================================== ============= ========================
-    cores         ``core``; without `shared_lr`, ``shared_core``       `core_lr`     `adapter_weight_decay`
-    shared_core   ``shared_core``, the always-active slices            `shared_lr`   `adapter_weight_decay`
+    cores         ``core``; without `shared_lr`, ``shared_core`` and   `core_lr`     `adapter_weight_decay`
+                  ``axis_core``
+    shared_core   ``shared_core``, ``axis_core``: what always acts     `shared_lr`   `adapter_weight_decay`
     factors       ``input_factor``, ``output_factor``, ``lasso_…``;    `factor_lr`   `adapter_weight_decay`
                   without `expert_lr`, ``expert_factor``
     expert_factor ``expert_factor``, which mixes a group's experts     `expert_lr`   `adapter_weight_decay`
@@ -86,7 +87,7 @@ def param_groups(
         "router": router_lr,
         "other": None,
     }
-    kinds = _kinds(model, {name for name in APART if rates[name] is not None})
+    kinds = _kinds(model, {name: group for name, group in APART.items() if rates[group] is not None})
     if not kinds:
         raise ValueError("the model has no Tucker experts; wrap it with tucka.apply first")
     groups: dict[str, dict[str, Any]] = {
@@ -110,9 +111,9 @@ def param_groups(
     return filled
 
 
-def _kinds(model: nn.Module, apart: set[str]) -> dict[nn.Parameter, tuple[str, str]]:
+def _kinds(model: nn.Module, apart: dict[str, str]) -> dict[nn.Parameter, tuple[str, str]]:
     """The group and the adapter of every parameter that is an adapter's; those set apart are groups of their own."""
-    groups = KINDS | {name: name for name in apart}
+    groups = KINDS | apart
     kinds: dict[nn.Parameter, tuple[str, str]] = {}
     for layer in layers_of(model):
         for adapter, experts in layer.tucka_experts.items():

@@ -125,10 +125,6 @@ def _checked_rank(name: str, features: tuple[int, int], rank: int, config: TuckA
         raise ValueError(f"rank r={rank} exceeds in_features={features[0]} of layer {name!r}")
     if config.form == "additive" and rank > features[1]:
         raise ValueError(f"rank r={rank} exceeds out_features={features[1]} of layer {name!r}")
-    if config.axis_block_size and features[0] % config.axis_block_size:
-        raise ValueError(
-            f"axis_block_size={config.axis_block_size} does not divide in_features={features[0]} of layer {name!r}"
-        )
     return rank
 
 

@@ -57,9 +57,8 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
     hold_factors : bool
         The D-mode factors are buffers, never trained.
     lasso : float
-        Above 0, `lasso_expert` (P), `lasso_input` (R) and, unless tied, `lasso_output` (R) multiply the core's modes,
-        and the shared slice's: the weights of tltorch's ``TuckerLasso``, which stand beside every factor. What is
-        learnt of them and penalised is `tucka.lasso`'s.
+        Above 0, `lasso_expert` (P), `lasso_input` (R) and, unless tied, `lasso_output` (R) multiply the modes of the
+        core and of the shared slice: the weights of tltorch's ``TuckerLasso``; see `tucka.lasso`.
     """
 
     def __init__(
@@ -123,8 +122,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
     ) -> ExpertTensor:
         """Zero experts of that shape and rank; with `tie_factors` (needs D = O) both D-modes are one.
 
-        `block_width` is H; default: R, a full core. Of U and V `trained_columns` columns train; default: all.
-        `axis_width` is A; default: no slice on the axes.
+        `block_width` is H (default: R), `axis_width` A (default: no such slice); `trained_columns` train (default: all).
         """
         (k, t, d, o), (p, r) = shape, rank
         w, q = block_width or r, r if trained_columns is None else min(trained_columns, r)

@@ -83,6 +83,12 @@ def validate(config: TuckAConfig) -> None:
     if config.layers_pattern and config.layers_to_transform is None:
         raise ValueError("layers_pattern is set but layers_to_transform is not: it says which layers of the pattern")
     check_expressions(config)
+    if config.trained_columns is not None and config.trainable == "core":
+        warnings.warn(
+            f"trained_columns={config.trained_columns} has no effect with trainable='core', which holds all columns: "
+            "set trainable='all'",
+            stacklevel=3,
+        )
     if config.affinity == "paper" and config.t == 1 and config.init_router.startswith("kmeans"):
         warnings.warn(
             "with t=1 the paper's affinity is a sign, and centroids of k-means then choose by it alone. "

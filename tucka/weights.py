@@ -165,8 +165,8 @@ def expert_shapes(
     factors: dict[str, Shape] = dict(expert_factor=(t, p), input_factor=(d, q), output_factor=(o, q))
     factors |= dict(held_input=(d, r - q), held_output=(o, r - q))
     lasso: dict[str, Shape] = dict(lasso_expert=(p,), lasso_input=(r,), lasso_output=(r,))
-    w, a = config.block_width(r), config.axis_block_size or 0
-    axes = (a, a, d if d is None else d // max(a, 1))
+    w, a = config.block_width(r), None if d is None else config.axis_width(d)
+    axes: Shape = (None, None, None) if a is None or d is None else (a, a, d // a)
     return {"core": (k, p, r, w), "shared_core": (r, w), "axis_core": axes, **factors, **lasso}
 
 

@@ -56,7 +56,7 @@ def adapted(learning_rate: float = 8e-3, epochs: int = 6) -> Adapted:
     )
     images, labels = upright(0, 1000)
     _train(base, _rows(images, labels), epochs=12, learning_rate=3e-3)
-    full = dict(r=6, block_size=None, trained_columns=None, init_experts="gradient")
+    full = dict(r=6, block_size=None, axis_block_size=None, trainable="all", init_experts="gradient")
     config = tucka.TuckAConfig(**full, k=4, t=2, p=2, target_modules=TARGETS, modules_to_save=["classifier"])
     domains = [_shifted(name, 0, 400) for name in SHIFTS]
     rows = [row for images, labels in domains for row in _rows(images, labels)]

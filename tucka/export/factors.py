@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import NamedTuple
 
+import tensorly as tl
 import torch
 from torch import Tensor, nn
 
@@ -40,8 +41,10 @@ class LowRank(NamedTuple):
         return (x.to(self.a.dtype) @ self.a.mT) @ self.b.mT
 
 
-def low_rank_updates(model: nn.Module, name: str, routes: Mapping[str, FixedRoute]) -> dict[str, LowRank]:
-    """The update of every layer of an adapter at one fixed route per tower, by layer name.
+def low_rank_updates(
+    model: nn.Module, name: str, routes: Mapping[str, FixedRoute], rank: int | None = None
+) -> dict[str, LowRank]:
+    """The update of every layer of an adapter at one fixed route per tower, by layer name; cut to a rank, if given.
 
     Raises
     ------
@@ -56,8 +59,18 @@ def low_rank_updates(model: nn.Module, name: str, routes: Mapping[str, FixedRout
             )
             if not bool(update.a.isfinite().all() & update.b.isfinite().all()):
                 raise ValueError(f"the update of layer {layer.name!r} is not finite")
-            found[layer.name] = update
+            found[layer.name] = update if rank is None else cut(update, rank)
     return found
+
+
+@torch.no_grad()
+def cut(update: LowRank, rank: int) -> LowRank:
+    """The nearest update of a rank, by a truncated SVD (tensorly); one of no higher rank is as it was."""
+    if len(update.a) <= rank:
+        return update
+    with tl.backend_context("pytorch", local_threadsafe=True):
+        u_OR, s_R, v_RD = tl.tenalg.svd_interface(update.b @ update.a, n_eigenvecs=rank, method="truncated_svd")
+    return LowRank(v_RD.contiguous(), (u_OR * s_R).contiguous())
 
 
 @torch.no_grad()

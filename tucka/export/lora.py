@@ -54,13 +54,15 @@ def to_lora(
     route: RouteLike | Mapping[str, RouteLike] | None = None,
     loader: Iterable[Any] | None = None,
     *,
+    rank: int | None = None,
     adapter_name: str | None = None,
     samples: int = 512,
     save_embedding_layers: bool | str = "auto",
 ) -> LoraExport:
-    """Write fixed routes of an adapter as ordinary PEFT LoRA adapters of the same rank.
+    """Write fixed routes of an adapter as ordinary PEFT LoRA adapters of the rank of their updates.
 
-    A LoRA is exact for its route: ``PeftModel.from_pretrained(base, directory)`` gives the outputs of the adapted model
+    That is R, or with ``axis_block_size`` the narrower side of the layer, unless `rank` is less. A LoRA of that rank is
+    exact for its route: ``PeftModel.from_pretrained(base, directory)`` gives the outputs of the adapted model
     with that route pinned. Trained heads and biases come along; so do layers before the router and the shared slice,
     which act in every route.
 
@@ -78,6 +80,9 @@ def to_lora(
         Batches the model takes; they are read once and kept. A sample's gates are its own, a group's LoRA has one set
         for all: with a loader the mean gates of the samples that chose the group, and the report says what that costs
         in the outputs; without one, the gates at the group's centroids.
+    rank : int, optional
+        Write LoRAs of this rank at most: of an update of a higher one, the best approximation (truncated SVD). Give a
+        loader to measure what that costs.
     adapter_name : str, optional
         Default: the active adapter. With a loader it must be the active one.
     samples : int
@@ -95,8 +100,8 @@ def to_lora(
     TypeError
         If `model` is no `PeftModel`.
     ValueError
-        If the route does not fit the model, an update is not finite, the router has not started, or `directory` holds
-        an adapter that is no export. Nothing is written then.
+        If `rank` is below 1, the route does not fit the model, an update is not finite, the router has not started, or
+        `directory` holds an adapter that is no export. Nothing is written then.
 
     Warns
     -----
@@ -106,16 +111,19 @@ def to_lora(
 
     Notes
     -----
-    Additive form: A = Uᵀ, B = α V Mᵀ. Multiplicative form: A = Uᵀ, B = α W U Mᵀ. Computed in single precision at least.
+    Additive form: A = Uᵀ, B = α V Mᵀ. Multiplicative form: A = Uᵀ, B = α W U Mᵀ. A slice E on the axes adds W Eᵀ, and
+    one of A and B is then the identity. Computed in single precision at least.
     """
     if not isinstance(model, PeftModel):
         raise TypeError(f"to_lora takes a PeftModel, but got a {type(model).__name__}")
+    if rank is not None and rank < 1:
+        raise ValueError(f"a LoRA has a rank of at least 1, got rank={rank}")
     name = single_adapter_name(model, adapter_name)
     config: Any = model.peft_config[name]
     observed = None if loader is None else observe(model, name, loader, samples)
     wanted = {"": route} if route is not None else _every_group(model, name, config)
     routes = {part: fixed_routes(model, name, one, observed) for part, one in wanted.items()}
-    updates = {part: low_rank_updates(model, name, one) for part, one in routes.items()}
+    updates = {part: low_rank_updates(model, name, one, rank) for part, one in routes.items()}
     errors = _errors(model, name, routes, updates, observed)
     inexact = warn_of_shared_input(model, name)
     beside = beside_experts(model, name, save_embedding_layers)

@@ -43,7 +43,7 @@ FIELDS = (
 SET = dict(
     t=1, p=1, alpha=1.0, form="additive", normalize=False, share_factors=False, shared_expert=False,
     init_router="kmeans", init_experts="identity", block_size=None, trained_columns=None,
-    axis_block_size=None,
+    axis_block_size=None, trainable="all",
 )  # fmt: skip
 """Fields that LoRAs imply: any other normalisation bounds cores, blocks leave parts of them out, and shared factors are
 those of one layer."""
