@@ -122,7 +122,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
     ) -> ExpertTensor:
         """Zero experts of that shape and rank; with `tie_factors` (needs D = O) both D-modes are one.
 
-        `block_width` is H (default: R), `axis_width` A (default: no such slice); `trained_columns` train (default: all).
+        `block_width` is H (default: R), `axis_width` A (default: no such slice); `trained_columns` train (default: R).
         """
         (k, t, d, o), (p, r) = shape, rank
         w, q = block_width or r, r if trained_columns is None else min(trained_columns, r)
