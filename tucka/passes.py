@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import Function
+from torch.autograd.function import Function, once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from . import ops
@@ -122,38 +122,72 @@ def add_product(
 def add_on_axes(
     x: Tensor,  # (..., D)
     blocks: Tensor,  # (A, A, D/A)
+    owned: bool = False,
 ) -> Tensor:  # (..., D)
-    """X + x E, in a tensor of its own, with what backward needs of it kept once."""
+    """X + x E in a tensor of its own, `owned` if a layer whose `may_overwrite` holds gets it, and nothing else."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return x + ops.on_axes(x, blocks)
-    return _AddOnAxes.apply(x, blocks)
+    return _AddOnAxes.apply(x, blocks, owned)
 
 
 class _AddOnAxes(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, blocks: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, blocks: Tensor, owned: bool) -> Tensor:  # type: ignore[override]
+        ctx.owned = owned
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, blocks)
-        return _plus_on_axes(x, blocks)
+        return _moved(x, blocks)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         x, blocks = ctx.saved_tensors
+        rows_NAD = grad.reshape(-1, *blocks.shape[1:])
+        # Memory that is new costs more than what is written to it, so one piece serves all that follows.
+        spare = torch.empty_like(rows_NAD[:, : max(len(blocks) - 1, 1)])
         grad_blocks = None
         if ctx.needs_input_grad[1]:
-            grad_blocks = torch.empty_like(blocks)
-            x_AD, grad_AD = (rows.reshape(-1, *blocks.shape[1:]) for rows in (x, grad))
-            for h, q in product(range(len(blocks)), repeat=2):
-                grad_blocks[h, q] = (x_AD[:, h] * grad_AD[:, q]).sum(0)  # an einsum would be strided products
-        return _plus_on_axes(grad, blocks.transpose(0, 1)) if ctx.needs_input_grad[0] else None, grad_blocks
+            grad_blocks, x_NAD = torch.empty_like(blocks), x.reshape(rows_NAD.shape)
+            for h, q in product(range(len(blocks)), repeat=2):  # an einsum would take them as strided products
+                torch.sum(torch.mul(x_NAD[:, h], rows_NAD[:, q], out=spare[:, 0]), 0, out=grad_blocks[h, q])
+        if not ctx.needs_input_grad[0]:
+            return None, grad_blocks, None
+        transposed = blocks.transpose(0, 1)
+        if not ctx.owned:
+            return _moved(grad, transposed), grad_blocks, None
+        _move_(rows_NAD, transposed, spare)
+        return rows_NAD.view(grad.shape), grad_blocks, None
 
 
-def _plus_on_axes(x: Tensor, blocks: Tensor) -> Tensor:
-    """X + x E by fused products and sums, which write no tensor but the one they return."""
-    out = x.clone(memory_format=torch.contiguous_format)
+def _moved(
+    x: Tensor,  # (..., D)
+    blocks: Tensor,  # (A, A, D/A)
+) -> Tensor:  # (..., D)
+    """X + x E; no tensor is written but the one returned."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     x_AD, out_AD = (rows.unflatten(-1, blocks.shape[1:]) for rows in (x, out))
-    for h, q in product(range(len(blocks)), repeat=2):
-        out_AD[..., q, :].addcmul_(x_AD[..., h, :], blocks[h, q])
+    for q in range(len(blocks)):
+        _add_others(torch.mul(x_AD[..., q, :], 1 + blocks[q, q], out=out_AD[..., q, :]), x_AD, blocks, q)
     return out
+
+
+def _move_(
+    rows: Tensor,  # (N, A, D/A)
+    blocks: Tensor,  # (A, A, D/A)
+    spare: Tensor,  # (N, A − 1, D/A)
+) -> None:
+    """The same where the rows lie: all but the last are set aside until the last has read the old ones."""
+    last = len(blocks) - 1
+    for q in range(last):
+        _add_others(torch.mul(rows[:, q], 1 + blocks[q, q], out=spare[:, q]), rows, blocks, q)
+    _add_others(rows[:, last].mul_(1 + blocks[last, last]), rows, blocks, last)
+    if last:
+        rows[:, :last].copy_(spare)
+
+
+def _add_others(onto: Tensor, rows: Tensor, blocks: Tensor, q: int) -> None:
+    for h in range(len(blocks)):
+        if h != q:
+            onto.addcmul_(rows[..., h, :], blocks[h, q])
 
 
 class _Project(Function):
