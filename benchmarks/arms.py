@@ -59,6 +59,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no-shared-expert": {"shared_expert": False},
     "no-axes": {"axis_block_size": None},
     "axes1": {"axis_block_size": 1},
+    "axes2": {"axis_block_size": 2},
     "axes4": {"axis_block_size": 4},
     "axes-alone": {"k": 1, "r": 4, "shared_expert": False},
     "trained-factors": {"trainable": "all"},

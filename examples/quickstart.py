@@ -52,7 +52,7 @@ ADAPTED = dict(target_modules=["q_proj", "v_proj", "o_proj", "fc1", "fc2"], modu
 """The layers that both methods adapt, and the head that both train whole."""
 
 TUCKA = dict(
-    r=20, k=4, t=1, p=1, block_size=4, axis_block_size=2, trainable="core", alpha=2.0, routing="sample",
+    r=20, k=4, t=1, p=1, block_size=4, axis_block_size="auto", trainable="core", alpha=2.0, routing="sample",
     affinity="cosine", pooling="mean_std", form="additive", share_factors=True, shared_expert=True,
     init_router="kmeans", init_experts="identity", balance_bias=False, balance_rate=1e-3, perturb_scale=1.0,
 )  # fmt: skip

@@ -185,11 +185,16 @@ def test_counts_are_closed(fields, tmp_path):
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="axis_block_size=0 is not a whole number of at least 1"):
+    with pytest.raises(ValueError, match="axis_block_size=0 is not 'auto' or a whole number of at least 1"):
         plain_config(axis_block_size=0)
+    with pytest.raises(ValueError, match="axis_block_size='wide' is not 'auto' or a whole number"):
+        plain_config(axis_block_size="wide")
 
 
-@pytest.mark.parametrize("asked,features,width", [(2, 9, 1), (4, 6, 2), (6, 9, 3), (16, 8, 8), (5, 5, 5)])
+@pytest.mark.parametrize(
+    "asked,features,width",
+    [("auto", 256, 2), ("auto", 260, 4), ("auto", 9, 1), (2, 9, 1), (4, 6, 2), (6, 9, 3), (16, 8, 8), (5, 5, 5)],
+)
 def test_a_width_that_does_not_divide_gives_way_to_the_largest_divisor(asked, features, width):
     model = nn.Sequential(nn.Linear(features, 5))
     fields = dict(r=2, target_modules=["0"], axis_block_size=asked)

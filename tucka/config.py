@@ -88,12 +88,12 @@ class TuckAConfig(PeftConfig):
         their names (see `tucka.plan.INPUT_FAMILIES`); one that is given another tensor after all adapts that.
     shared_expert : bool
         One always-active R×R slice beside the routed groups.
-    axis_block_size : int, optional
+    axis_block_size : int, "auto" or None
         A: another always-active slice, whose factors are the axes of the layer's input and whose core has diagonal
         blocks of A×A (in a layer whose width A does not divide, of the largest divisor of both): E in x' = x + Eᵀ x, as
         it is, whatever `alpha` and `normalize` say. It costs A·D parameters, reaches every direction of a layer, and
-        trains in every mode. What it adds to W has full rank, so a LoRA that says the same is as large as W; without
-        it (None) updates are of rank R.
+        trains in every mode. "auto": 4 where a layer has more than 256 input features, else 2. What the slice adds to
+        W has full rank, so a LoRA that says the same is as large as W; without it (None) updates are of rank R.
     trained_columns : int, optional
         How many columns of every D-mode factor train, the leading ones; the others stay where they start, and cost
         parameters in the cores alone. None: all.
@@ -172,7 +172,7 @@ class TuckAConfig(PeftConfig):
     share_factors: bool = _help("Layers of one kind and width share their factors.", True)
     share_inputs: bool = _help("Layers that read one tensor share one adapted input (multiplicative form).", False)
     shared_expert: bool = _help("One always-active slice beside the routed groups.", True)
-    axis_block_size: Optional[int] = _help("Width of the blocks of a slice on the input's axes; None: none.", 2)
+    axis_block_size: Union[int, str, None] = _help("Width of the blocks on the input's axes, 'auto' or None.", "auto")
     trainable: str = _help("'all', or 'core' to hold the D-mode factors.", "core")
     trained_columns: Optional[int] = _help("Columns of the D-mode factors that train; None: all.", None)
     init_router: str = _help("Start of the centroids: 'perturb', 'kaiming', 'kmeans' or 'kmeans_balanced'.", "kmeans")
@@ -251,8 +251,13 @@ class TuckAConfig(PeftConfig):
         return min(self.block_size or rank, rank)
 
     def axis_width(self, features: int) -> Optional[int]:
-        """A in a layer of so many input features: the largest divisor of both; None without a slice on the axes."""
-        return None if self.axis_block_size is None else math.gcd(self.axis_block_size, features)
+        """A in a layer of so many input features; None without a slice on the axes."""
+        if self.axis_block_size is None:
+            return None
+        # What groups cost does not grow with the width of a layer, so wide ones have room for more on their axes.
+        automatic = 4 if features > 256 else 2
+        wanted: Any = automatic if self.axis_block_size == "auto" else self.axis_block_size
+        return math.gcd(wanted, features)
 
     def trained(self, rank: int) -> int:
         """Columns of a factor of that rank that are no buffer of their own (`held_input`, `held_output`)."""

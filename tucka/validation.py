@@ -62,8 +62,8 @@ def validate(config: TuckAConfig) -> None:
         _check_count("block_size", config.block_size)
     if config.trained_columns is not None:
         _check_count("trained_columns", config.trained_columns)
-    if config.axis_block_size is not None:
-        _check_count("axis_block_size", config.axis_block_size)
+    if config.axis_block_size is not None and not _same_text(config.axis_block_size, "auto"):
+        _check_count("axis_block_size", config.axis_block_size, other="'auto'")
     config.require_blocks(config.r, f"r={config.r}")
     for pattern, rank in (config.rank_pattern or {}).items():
         _check_count(f"rank_pattern[{pattern!r}]", rank)
@@ -108,6 +108,7 @@ def _same_text(given: Any, value: Any) -> bool:
     return isinstance(given, str) and given == value
 
 
-def _check_count(name: str, value: Any, least: int = 1) -> None:
+def _check_count(name: str, value: Any, least: int = 1, other: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} is not a whole number of at least {least}")
+        rule = f"a whole number of at least {least}"
+        raise ValueError(f"{name}={value!r} is not {other} or {rule}" if other else f"{name}={value!r} is not {rule}")
