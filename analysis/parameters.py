@@ -198,7 +198,7 @@ def tucka_core(shape: LayerShape, config: TuckAConfig) -> int:
     """
     r = tucka_rank(shape, config)
     slices = config.k * config.p + (1 if config.shared_expert else 0)
-    on_axes = shape.in_features * (config.axis_width(shape.in_features) or 0)
+    on_axes = shape.in_features * (config.axis_width(shape.in_features, shape.out_features) or 0)
     return slices * r * config.block_width(r) + on_axes + config.t * config.p + _lasso(r, config.p, config)
 
 

@@ -92,8 +92,9 @@ class TuckAConfig(PeftConfig):
         A: another always-active slice, whose factors are the axes of the layer's input and whose core has diagonal
         blocks of A×A (in a layer whose width A does not divide, of the largest divisor of both): E in x' = x + Eᵀ x, as
         it is, whatever `alpha` and `normalize` say. It costs A·D parameters, reaches every direction of a layer, and
-        trains in every mode. "auto": 4 where a layer has more than 256 input features, else 2. What the slice adds to
-        W has full rank, so a LoRA that says the same is as large as W; without it (None) updates are of rank R.
+        trains in every mode. "auto": 4 where a layer has more than 256 input features and no fewer outputs, else 2.
+        What the slice adds to W has full rank, so a LoRA that says the same is as large as W; without it (None) updates
+        are of rank R.
     trained_columns : int, optional
         How many columns of every D-mode factor train, the leading ones; the others stay where they start, and cost
         parameters in the cores alone. None: all.
@@ -250,12 +251,13 @@ class TuckAConfig(PeftConfig):
         """H, entries in a row of a core of that rank."""
         return min(self.block_size or rank, rank)
 
-    def axis_width(self, features: int) -> Optional[int]:
-        """A in a layer of so many input features; None without a slice on the axes."""
+    def axis_width(self, features: int, outputs: int) -> Optional[int]:
+        """A in a layer of so many input and output features; None without a slice on the axes."""
         if self.axis_block_size is None:
             return None
-        # What groups cost does not grow with the width of a layer, so wide ones have room for more on their axes.
-        automatic = 4 if features > 256 else 2
+        # What groups cost does not grow with the width of a layer, so wide ones have room for more on their axes, up to
+        # the parameters of a LoRA of rank 2.
+        automatic = 4 if 256 < features <= outputs else 2
         wanted: Any = automatic if self.axis_block_size == "auto" else self.axis_block_size
         return math.gcd(wanted, features)
 

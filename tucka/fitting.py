@@ -209,7 +209,7 @@ def expected_shapes(model: nn.Module, config: TuckAConfig, plans: dict[str, Laye
     found: dict[str, Shape] = {}
     for name, plan in plans.items():
         d, o = _features(model, name)
-        experts = expert_shapes(config, plan.rank, d, o if config.form == "additive" else d, routed=plan.routed)
+        experts = expert_shapes(config, plan.rank, d, o, routed=plan.routed)
         router = router_shapes(config, d) if plan.routes else {}
         found |= {f"{FILE_PREFIX}{name}.tucka_experts.{part}": experts[part] for part in _parts(config, plan)}
         found |= {f"{FILE_PREFIX}{name}.tucka_router.{part}": router[part] for part in _router_parts(config) if router}

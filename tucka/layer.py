@@ -145,7 +145,7 @@ class TuckALayer(nn.Module, BaseTunerLayer):
             trained_columns=config.trained(rank),
             tie_factors=config.tie_factors and not additive,
             shared_expert=config.shared_expert and routed,
-            axis_width=config.axis_width(self.in_features),
+            axis_width=config.axis_width(self.in_features, self.out_features),
             factors_of=factors_of,
             normalize=config.normalize,
             hold_factors=config.trainable == "core",
@@ -177,7 +177,7 @@ class TuckALayer(nn.Module, BaseTunerLayer):
         owned, dtype = passes.may_overwrite(self.base_layer), passes.product_dtype(x)
         with passes.without_autocast(x):
             x, updates = self._updates(x, names, dtype, owned)
-            x = _added(self._on_axes(x, names, owned), updates, "multiplicative", owned)
+            x = _added(self._on_axes(x, names), updates, "multiplicative", owned)
         y = self.base_layer(x, *args, **kwargs)
         with passes.without_autocast(x):
             return _added(y, updates, "additive", owned)
@@ -214,13 +214,13 @@ class TuckALayer(nn.Module, BaseTunerLayer):
             return self.base_layer(ready.add(adapted, x), *args, **kwargs)
         return ready.add(self.base_layer(adapted, *args, **kwargs), x)
 
-    def _on_axes(self, x: Tensor, names: list[str], owned: bool = False) -> Tensor:
-        """X with the slices on its axes."""
-        found = [blocks for name in names if (blocks := self.axis_blocks(name, x)) is not None]
+    def _on_axes(self, x: Tensor, names: list[str]) -> Tensor:
+        """X with the slices on its axes, each of which reads x."""
         adapted = x
-        for blocks in found:  # of several, each reads x, and each gets the gradient that all get
-            alone = owned and len(found) == 1
-            adapted = passes.add_on_axes(x, blocks, alone) if adapted is x else adapted + ops.on_axes(x, blocks)
+        for name in names:
+            blocks = self.axis_blocks(name, x)
+            if blocks is not None:
+                adapted = passes.add_on_axes(x, blocks) if adapted is x else adapted + ops.on_axes(x, blocks)
         return adapted
 
     def axis_blocks(self, adapter_name: str, x: Tensor) -> Optional[Tensor]:

@@ -125,20 +125,22 @@ def on_axes(
     x: Tensor,  # (..., D)
     blocks: Tensor,  # (A, A, D/A)
 ) -> Tensor:  # (..., D)
-    """The slice on the axes of x: entry h·D/A + d of x goes to all q·D/A + d, by the factor E[h,q,d].
+    """X E, with E the slice on the axes of x: entry (q − k mod A)·D/A + d goes to q·D/A + d by the factor [k,q,d].
 
-    Axes that meet lie D/A apart, so that every product is of vectors that lie together.
+    Axes that meet lie D/A apart, and a block is held by its circulant diagonals k, so that every product is of vectors
+    that lie together.
     """
     x_AD = x.unflatten(-1, (blocks.shape[0], -1))
-    return (x_AD.unsqueeze(-2) * blocks).sum(-3).reshape(x.shape)
+    terms = (x_AD.roll(shift, -2) * diagonal for shift, diagonal in enumerate(blocks))
+    return sum(terms, torch.zeros_like(x_AD)).reshape(x.shape)
 
 
 def axes_matrix(
     blocks: Tensor,  # (A, A, D/A)
 ) -> Tensor:  # (D, D)
-    """The matrix E of the slice on the axes: x E is what it adds to x."""
-    same_place = torch.eye(blocks.shape[2], dtype=blocks.dtype, device=blocks.device)
-    return torch.einsum("hqd,de->hdqe", blocks, same_place).flatten(2).flatten(0, 1)
+    """The matrix E of the slice on the axes."""
+    features = blocks.shape[1] * blocks.shape[2]
+    return on_axes(torch.eye(features, dtype=blocks.dtype, device=blocks.device), blocks)
 
 
 def by_unit(

@@ -14,8 +14,8 @@ Shape legend: N routed units, S rows of a unit, D and O input and output feature
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from itertools import product
 from typing import Any
 
 import torch
@@ -122,72 +122,53 @@ def add_product(
 def add_on_axes(
     x: Tensor,  # (..., D)
     blocks: Tensor,  # (A, A, D/A)
-    owned: bool = False,
 ) -> Tensor:  # (..., D)
-    """X + x E in a tensor of its own, `owned` if a layer whose `may_overwrite` holds gets it, and nothing else."""
+    """X + x E, with E the slice on the axes (see `ops.on_axes`), in a tensor of its own."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return x + ops.on_axes(x, blocks)
-    return _AddOnAxes.apply(x, blocks, owned)
+    return _AddOnAxes.apply(x, blocks)
 
 
 class _AddOnAxes(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, blocks: Tensor, owned: bool) -> Tensor:  # type: ignore[override]
-        ctx.owned = owned
+    def forward(ctx: Any, x: Tensor, blocks: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, blocks)
-        return _moved(x, blocks)
+        x_AD = x.unflatten(-1, blocks.shape[1:])
+        out_AD = torch.empty_like(x_AD, memory_format=torch.contiguous_format)
+        torch.mul(x_AD, 1 + blocks[0], out=out_AD)
+        for shift, source, target in _shifts(len(blocks)):
+            out_AD[..., target, :].addcmul_(x_AD[..., source, :], blocks[shift, target])
+        return out_AD.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
         x, blocks = ctx.saved_tensors
-        rows_NAD = grad.reshape(-1, *blocks.shape[1:])
-        # Memory that is new costs more than what is written to it, so one piece serves all that follows.
-        spare = torch.empty_like(rows_NAD[:, : max(len(blocks) - 1, 1)])
+        grad_AD = grad.unflatten(-1, blocks.shape[1:])
+        # Memory that is new costs more than what is written to it: the products lie where the gradient of x will.
+        out_AD = torch.empty_like(grad_AD, memory_format=torch.contiguous_format)
         grad_blocks = None
         if ctx.needs_input_grad[1]:
-            grad_blocks, x_NAD = torch.empty_like(blocks), x.reshape(rows_NAD.shape)
-            for h, q in product(range(len(blocks)), repeat=2):  # an einsum would take them as strided products
-                torch.sum(torch.mul(x_NAD[:, h], rows_NAD[:, q], out=spare[:, 0]), 0, out=grad_blocks[h, q])
+            x_AD, grad_blocks = x.unflatten(-1, blocks.shape[1:]), torch.empty_like(blocks)
+            rows_NAD = out_AD.view(-1, *blocks.shape[1:])
+            torch.mul(x_AD, grad_AD, out=out_AD)
+            torch.sum(rows_NAD, 0, out=grad_blocks[0])
+            for shift, source, target in _shifts(len(blocks)):
+                torch.mul(x_AD[..., source, :], grad_AD[..., target, :], out=out_AD[..., target, :])
+                torch.sum(rows_NAD[:, target], 0, out=grad_blocks[shift, target])
         if not ctx.needs_input_grad[0]:
-            return None, grad_blocks, None
-        transposed = blocks.transpose(0, 1)
-        if not ctx.owned:
-            return _moved(grad, transposed), grad_blocks, None
-        _move_(rows_NAD, transposed, spare)
-        return rows_NAD.view(grad.shape), grad_blocks, None
+            return None, grad_blocks
+        torch.mul(grad_AD, 1 + blocks[0], out=out_AD)
+        for shift, source, target in _shifts(len(blocks)):
+            out_AD[..., source, :].addcmul_(grad_AD[..., target, :], blocks[shift, target])
+        return out_AD.view(grad.shape), grad_blocks
 
 
-def _moved(
-    x: Tensor,  # (..., D)
-    blocks: Tensor,  # (A, A, D/A)
-) -> Tensor:  # (..., D)
-    """X + x E; no tensor is written but the one returned."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    x_AD, out_AD = (rows.unflatten(-1, blocks.shape[1:]) for rows in (x, out))
-    for q in range(len(blocks)):
-        _add_others(torch.mul(x_AD[..., q, :], 1 + blocks[q, q], out=out_AD[..., q, :]), x_AD, blocks, q)
-    return out
-
-
-def _move_(
-    rows: Tensor,  # (N, A, D/A)
-    blocks: Tensor,  # (A, A, D/A)
-    spare: Tensor,  # (N, A − 1, D/A)
-) -> None:
-    """The same where the rows lie: all but the last are set aside until the last has read the old ones."""
-    last = len(blocks) - 1
-    for q in range(last):
-        _add_others(torch.mul(rows[:, q], 1 + blocks[q, q], out=spare[:, q]), rows, blocks, q)
-    _add_others(rows[:, last].mul_(1 + blocks[last, last]), rows, blocks, last)
-    if last:
-        rows[:, :last].copy_(spare)
-
-
-def _add_others(onto: Tensor, rows: Tensor, blocks: Tensor, q: int) -> None:
-    for h in range(len(blocks)):
-        if h != q:
-            onto.addcmul_(rows[..., h, :], blocks[h, q])
+def _shifts(width: int) -> Iterator[tuple[int, slice, slice]]:
+    """The diagonals of a block beside its main one, each in two runs: which it is, where it reads and where it adds."""
+    for shift in range(1, width):
+        yield shift, slice(0, width - shift), slice(shift, width)
+        yield shift, slice(width - shift, width), slice(0, shift)
 
 
 class _Project(Function):

@@ -162,10 +162,11 @@ def expert_shapes(
     """Shapes of every tensor that the experts of a layer can have; one that runs before the router has one expert."""
     k, t, p = (config.k, config.t, config.p) if routed else (1, 1, 1)
     q = config.trained(r)
-    factors: dict[str, Shape] = dict(expert_factor=(t, p), input_factor=(d, q), output_factor=(o, q))
-    factors |= dict(held_input=(d, r - q), held_output=(o, r - q))
+    v = o if config.form == "additive" else d
+    factors: dict[str, Shape] = dict(expert_factor=(t, p), input_factor=(d, q), output_factor=(v, q))
+    factors |= dict(held_input=(d, r - q), held_output=(v, r - q))
     lasso: dict[str, Shape] = dict(lasso_expert=(p,), lasso_input=(r,), lasso_output=(r,))
-    w, a = config.block_width(r), None if d is None else config.axis_width(d)
+    w, a = config.block_width(r), None if d is None or o is None else config.axis_width(d, o)
     axes: Shape = (None, None, None) if a is None or d is None else (a, a, d // a)
     return {"core": (k, p, r, w), "shared_core": (r, w), "axis_core": axes, **factors, **lasso}
 
