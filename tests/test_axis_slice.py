@@ -1,6 +1,7 @@
 """The always-active slice on the axes of a layer's input: x' = x + x E, with E of diagonal blocks."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -48,6 +49,9 @@ def test_it_multiplies_by_a_matrix_of_diagonal_blocks(width, places, rows):
     x = torch.randn(*rows, width * places, dtype=torch.float64, requires_grad=True)
     matrix = slow_matrix(blocks)
     torch.testing.assert_close(ops.axes_matrix(blocks), matrix, rtol=0, atol=0)
+    by_source = ops.axes_by_source(blocks)
+    for h, q in itertools.product(range(width), repeat=2):
+        assert torch.equal(by_source[h, q], blocks[(q - h) % width, q] + (h == q))
     expected = x + x @ matrix
     weights = torch.randn_like(expected)
     slow = torch.autograd.grad((expected * weights).sum(), (x, blocks))

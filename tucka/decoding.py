@@ -28,7 +28,7 @@ class Ready(NamedTuple):
     input_mode: Tensor  # (D, R)
     mix: Tensor | None  # (N, R, R); None: one for all rows
     output_mode: Tensor  # (R, O)
-    axis_blocks: Tensor | None  # (A, A, D/A)
+    axes: Tensor | None  # (A, A, D/A), see `ops.axes_by_source`
     overwrite: bool  # whether what it adds to may be written to
 
     def serves(self, adapter_names: list[str], x: Tensor, current: Current) -> bool:
@@ -43,6 +43,15 @@ class Ready(NamedTuple):
             and (self.mix is None or self.mix.shape[0] == x.shape[0])
             and not torch.is_grad_enabled()
         )
+
+    def adapt(
+        self,
+        x: Tensor,  # (..., D)
+    ) -> Tensor:  # (..., D)
+        """X with the slice on its axes, in few operations on few rows."""
+        if self.axes is None:
+            return x
+        return (x.unflatten(-1, (len(self.axes), 1, -1)) * self.axes).sum(-3).flatten(-2)
 
     def add(
         self,
@@ -74,9 +83,10 @@ def make_ready(
     if route is None or torch.is_grad_enabled() or torch.is_autocast_enabled(mix.device.type):
         return None
     dtype, output_RO = input_mode.dtype, output_mode.mT.to(mix.device)
+    axes = None if axis_blocks is None else ops.axes_by_source(axis_blocks)
     input_mode = input_mode.mT.contiguous().mT  # a few rows are multiplied fastest with columns that lie together
     if len(mix) == 1:
         mixed_RO = (mix[0] @ output_RO).to(dtype)
-        return Ready(adapter_names, route, form, input_mode, None, mixed_RO, axis_blocks, overwrite)
+        return Ready(adapter_names, route, form, input_mode, None, mixed_RO, axes, overwrite)
     output_RO = output_RO.to(dtype).contiguous()
-    return Ready(adapter_names, route, form, input_mode, mix.to(dtype), output_RO, axis_blocks, overwrite)
+    return Ready(adapter_names, route, form, input_mode, mix.to(dtype), output_RO, axes, overwrite)

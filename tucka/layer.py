@@ -209,7 +209,7 @@ class TuckALayer(nn.Module, BaseTunerLayer):
 
     def _decoded(self, ready: Ready, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer with an update that was made ready."""
-        adapted = x if ready.axis_blocks is None else passes.add_on_axes(x, ready.axis_blocks)
+        adapted = ready.adapt(x)
         if ready.form == "multiplicative":
             return self.base_layer(ready.add(adapted, x), *args, **kwargs)
         return ready.add(self.base_layer(adapted, *args, **kwargs), x)

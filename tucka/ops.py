@@ -135,6 +135,16 @@ def on_axes(
     return sum(terms, torch.zeros_like(x_AD)).reshape(x.shape)
 
 
+def axes_by_source(
+    blocks: Tensor,  # (A, A, D/A)
+) -> Tensor:  # (A, A, D/A)
+    """I + E by where entries come from and where they go: x (I + E) is one product, and one sum over the first."""
+    width = torch.arange(len(blocks), device=blocks.device)
+    from_to = (width - width.unsqueeze(1)) % len(blocks)
+    same = torch.eye(len(blocks), dtype=blocks.dtype, device=blocks.device)
+    return blocks[from_to, width] + same.unsqueeze(-1)
+
+
 def axes_matrix(
     blocks: Tensor,  # (A, A, D/A)
 ) -> Tensor:  # (D, D)
