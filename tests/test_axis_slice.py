@@ -237,6 +237,17 @@ def test_a_lora_of_a_lower_rank_is_the_nearest_one(rank, tmp_path):
         tucka.to_lora(model, tmp_path / "cut", 0, rank=0)
 
 
+def test_an_offloaded_weight_is_said_to_be(tmp_path):
+    model = adapted("bert", axis_block_size=2, form="additive")
+    layer = layers_of(model)[1]
+    layer.base_layer.to("meta")
+    with pytest.raises(ValueError, match=f"layer '{layer.name}' cannot be exported or merged: its weight is offloaded"):
+        model.merge_and_unload(route=0)
+    with pytest.raises(ValueError, match="cannot be exported or merged"):
+        tucka.to_lora(model, tmp_path / "lora", 0)
+    assert layers_of(model) and not (tmp_path / "lora").exists()
+
+
 def test_files_of_before_have_none():
     assert tucka.TuckAConfig(format_version=1, axis_block_size=2).axis_block_size is None
     assert tucka.TuckAConfig.paper().axis_block_size is None

@@ -79,13 +79,24 @@ def low_rank_update(
     name: str,
     weights: Tensor | None,  # (K, T); None for a layer before the router, whose one expert is always active
 ) -> LowRank:
-    """The update of one layer."""
+    """The update of one layer.
+
+    Raises
+    ------
+    ValueError
+        If it takes the weight of the layer, and that is offloaded.
+    """
     experts = layer.experts_of(name)
+    multiplicative, on_axes = layer.tucka_form[name] == "multiplicative", experts.axis_core is not None
+    if (multiplicative or on_axes) and any(held.is_meta for held in layer.get_base_layer().parameters()):
+        raise ValueError(
+            f"layer {layer.name!r} cannot be exported or merged: its weight is offloaded; load it onto a device"
+        )
     weights = experts.core.new_ones(1, 1) if weights is None else weights.to(experts.core)
     mix_RR = at_least_single(mixed(experts, weights)) * layer.tucka_alpha[name]
     input_mode, output_mode = (mode.detach().to(mix_RR) for mode in (experts.input_mode, experts.output_mode))
     out_RO = mix_RR @ output_mode.mT
-    if layer.tucka_form[name] == "multiplicative":
+    if multiplicative:
         out_RO = through_weight(layer.get_base_layer(), out_RO)
     blocks = layer.axis_blocks(name, mix_RR)
     if blocks is not None:
