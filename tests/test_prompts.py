@@ -111,3 +111,19 @@ def test_every_sample_keeps_a_token_unless_all_is_padding(samples, tokens, seed)
         unpadded = mask[row].bool()
         prompt = unpadded & (labels[row] == -100)
         assert torch.equal(keep[row].bool(), prompt if prompt.any() else unpadded)
+
+
+@pytest.mark.parametrize("routing", ["sample", "batch"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_what_an_assistant_drafts_does_not_enter_the_route(name, routing):
+    """The first forward of assisted decoding reads prompt and drafts at once."""
+    model = adapted(name, torch.float64, routing=routing, axis_block_size=2).eval()
+    prompt = {key: value[:1] for key, value in prompts_of(a_batch()).items()}
+    options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    seen = []
+    for assistant in (None, build(name, torch.float64, seed=3)):
+        with tucka.record_routes(model) as routes:
+            tokens = model.generate(**prompt, assistant_model=assistant, **options)
+        seen.append((tokens, routes[0].gates))
+    assert torch.equal(seen[0][0], seen[1][0])
+    torch.testing.assert_close(seen[0][1], seen[1][1], rtol=1e-12, atol=0)

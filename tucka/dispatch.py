@@ -59,6 +59,8 @@ class Dispatcher:
         """Forward pre-hook: open a scope, with the routes that this forward continues."""
         inputs = read_inputs(module, names, main_input, args, kwargs)
         current = self.current
+        if current.prompt is not None and (inputs.positions or 0) > current.prompt:
+            inputs = inputs._replace(prompt=current.prompt)
         if current.scope is not None and current.scope.holds(module):
             current.scope = None  # left open by a forward that was interrupted: no model runs inside itself
         if current.scope is not None:
@@ -223,8 +225,10 @@ class Dispatcher:
             yield
 
     @contextmanager
-    def generating(self, whole_prompt: bool = True) -> Iterator[None]:
+    def generating(self, whole_prompt: bool = True, prompt: int | None = None) -> Iterator[None]:
         """Keep the prompt's route over all forwards of one `generate`, cached or not.
+
+        The first may read more than the `prompt`, so many positions: an assistant's drafts follow it, and do not count.
 
         Raises
         ------
@@ -236,7 +240,7 @@ class Dispatcher:
                 "prefill_chunk_size reads a prompt in parts, but its route is taken from the whole; "
                 "leave it out, or pin the route (tucka.pin_route)"
             )
-        with replaced(self.current, memory={}, ready={}):
+        with replaced(self.current, memory={}, ready={}, prompt=prompt):
             yield
 
     @contextmanager

@@ -7,8 +7,10 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationMixin
+
+from .inputs import is_causal
 
 
 def keep_prompt_routes(model: nn.Module, dispatchers_of: Callable) -> None:
@@ -33,8 +35,9 @@ def _is_ours(module: nn.Module) -> bool:
 
 def _generate(model: nn.Module, dispatchers_of: Callable, method: Callable, *args: Any, **kwargs: Any) -> Any:
     with ExitStack() as stack:
+        whole, prompt = _chunk_size(method, kwargs) is None, _prompt_length(method, args, kwargs)
         for dispatcher in dispatchers_of(model).values():
-            stack.enter_context(dispatcher.generating(whole_prompt=_chunk_size(method, kwargs) is None))
+            stack.enter_context(dispatcher.generating(whole, prompt))
         return method(*args, **kwargs)
 
 
@@ -44,3 +47,11 @@ def _chunk_size(method: Callable, options: dict[str, Any]) -> int | None:
         if options.get("prefill_chunk_size") is None and config is not None:
             options = {**options, "prefill_chunk_size": config.prefill_chunk_size}
     return options.get("prefill_chunk_size")
+
+
+def _prompt_length(method: Callable, args: tuple, options: dict[str, Any]) -> int | None:
+    """Positions of the prompt of a model that reads it itself, if the arguments show them."""
+    if not is_causal(method.__self__):  # type: ignore[attr-defined]
+        return None
+    given = (options.get("input_ids"), options.get("inputs"), options.get("inputs_embeds"), *args[:1])
+    return next((value.shape[1] for value in given if isinstance(value, Tensor) and value.ndim > 1), None)

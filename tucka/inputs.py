@@ -34,6 +34,7 @@ class Inputs(NamedTuple):
     context: Optional[Tensor] = None  # what cross-attention reads
     context_mask: Any = None
     labels: Optional[Tensor] = None  # (B, S) of a causal language model
+    prompt: Optional[int] = None  # leading positions that are the prompt, where drafted tokens follow it
     output_lengths: Optional[Callable] = None  # of a model that shortens its input: lengths in, lengths of tokens out
 
 
@@ -57,12 +58,13 @@ def read_inputs(
         arguments.get("encoder_outputs"),
         arguments.get("encoder_hidden_states"),
         arguments.get("encoder_attention_mask"),
-        arguments.get("labels") if _is_causal(module) else None,
+        arguments.get("labels") if is_causal(module) else None,
+        None,
         getattr(module, "_get_feat_extract_output_lengths", None),  # transformers' name in its speech models
     )
 
 
-def _is_causal(module: nn.Module) -> bool:
+def is_causal(module: nn.Module) -> bool:
     """Whether a model generates from a prompt that it reads itself; labels of other models say nothing of prompts."""
     config: Any = module.config if isinstance(module, PreTrainedModel) else None
     return isinstance(module, GenerationMixin) and config is not None and not config.is_encoder_decoder

@@ -66,6 +66,7 @@ class Current:
         self.pinned: Route | None = None
         self.recordings: tuple[tuple[str, list[Route]], ...] = ()  # adapter name, where its routes go
         self.memory: dict[str, Route] | None = None  # routes of the prompt while `generate` runs
+        self.prompt: int | None = None  # positions of the prompt while `generate` runs
         self.kept: Any = None  # the mixes of the last route taken without gradient
         self.ready: dict[str, Any] = {}  # updates of layers for the tokens to come, while `generate` runs
 

@@ -22,8 +22,9 @@ def as_units(
 ) -> tuple[Tensor, Tensor | None]:  # (N, S, D), (N, S)
     """View a layer's input as routed units, with a mask of the tokens that count if some are to be left out.
 
-    Left out are padding, and where samples are routed the answers that a causal language model is trained on: when it
-    generates, it has the prompt alone to route by. A sample without a prompt counts whole.
+    Left out are padding, tokens that an assistant drafted, and where samples are routed the answers that a causal
+    language model is trained on: when it generates, it has the prompt alone to route by. A sample without a prompt
+    counts whole.
 
     Raises
     ------
@@ -32,7 +33,7 @@ def as_units(
     """
     width = x.shape[-1]
     padded = inputs.mask is not None and not pool_padding
-    if not per_sample and not padded:
+    if not per_sample and not padded and inputs.prompt is None:
         return x.reshape(1, -1, width), None
     check_rows(x, inputs, layer_name)
     samples = inputs.samples or 0
@@ -41,6 +42,9 @@ def as_units(
     # A layer that sees one pooled row per sample has no padding left to leave out.
     pooled = tokens == 1 and inputs.positions != 1
     keep = padding_mask(inputs, samples, tokens) if padded and not pooled else None
+    if inputs.prompt is not None and not pooled:
+        drafted = torch.arange(tokens, device=x.device) >= inputs.prompt
+        keep = (~drafted).expand(samples, -1) if keep is None else keep.to(x.device).bool() & ~drafted
     if per_sample:
         prompt = None if pool_answers or pool_padding or pooled else prompt_mask(inputs, samples, tokens)
         return x, keep if prompt is None else _where_any(prompt, keep)
