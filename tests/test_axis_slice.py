@@ -251,3 +251,11 @@ def test_an_offloaded_weight_is_said_to_be(tmp_path):
 def test_files_of_before_have_none():
     assert tucka.TuckAConfig(format_version=1, axis_block_size=2).axis_block_size is None
     assert tucka.TuckAConfig.paper().axis_block_size is None
+
+
+def test_its_rate_is_that_of_what_always_acts():
+    model = adapted("bert", axis_block_size=2)
+    for rates, group in ((dict(core_lr=0.2), "cores"), (dict(core_lr=0.2, shared_lr=0.1), "shared_core")):
+        held = {each["name"]: each for each in tucka.param_groups(model, 1.0, **rates)}
+        slices = [name for name in held[group]["parameter_names"] if name.endswith("axis_core")]
+        assert len(slices) == len(layers_of(model)) and held[group]["lr"] == list(rates.values())[-1]

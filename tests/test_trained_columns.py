@@ -214,3 +214,8 @@ def test_starts_from_data_reach_all_columns():
     for one, other in zip(layers_of(model), layers_of(whole)):
         ours, theirs = one.tucka_experts["default"], other.tucka_experts["default"]
         torch.testing.assert_close(ours.input_mode, theirs.input_factor.detach())
+
+
+def test_columns_that_cannot_train_are_warned_of():
+    with pytest.warns(UserWarning, match="trained_columns=2 has no effect with trainable='core', which holds all"):
+        plain_config(trained_columns=2, trainable="core")
