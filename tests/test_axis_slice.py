@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from closed_counts import assert_counts_are_closed
 from conftest import (
     FORMS,
     adapted,
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import tucka
-from analysis.adapters import adapter_of, read_adapter
+from analysis.adapters import read_adapter
 from analysis.parameters import count, layer_shapes
 from analysis.report.accounting import trained_parameters
 from tucka import ops, passes
@@ -177,14 +178,9 @@ def test_truncating_and_expanding_leave_it_alone():
 @pytest.mark.parametrize("fields", [{}, {"trainable": "core"}, {"form": "multiplicative"}, {"share_factors": True}])
 def test_counts_are_closed(fields, tmp_path):
     fields = dict(form="additive", k=3, r=4, target_modules=["query", "dense"], axis_block_size=4) | fields
-    config = plain_config(**fields)
-    expected = count(layer_shapes(build("bert"), config.target_modules), "tucka", config=config).total
-    model = tucka.apply(build("bert"), config)
-    trained = sum(value.numel() for name, value in model.named_parameters() if ".tucka_" in name)
-    assert trained == adapter_parameters(model) == expected
-    assert trained_parameters(adapter_of(model)).parameters.sum() == expected
+    model = assert_counts_are_closed(plain_config(**fields))
     model.save_pretrained(tmp_path)
-    assert trained_parameters(read_adapter(tmp_path)).parameters.sum() == expected
+    assert trained_parameters(read_adapter(tmp_path)).parameters.sum() == adapter_parameters(model)
 
 
 def test_what_does_not_fit_is_refused():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from closed_counts import assert_counts_are_closed
 from conftest import (
     FORMS,
     adapted,
@@ -19,12 +20,10 @@ from peft import PeftModel
 from torch import nn
 
 import tucka
-from analysis.adapters import adapter_of, read_adapter
-from analysis.parameters import count, layer_shapes
-from analysis.report.accounting import trained_parameters
+from analysis.adapters import read_adapter
 from tucka import passes
 from tucka.model import layers_of
-from tucka.ranks import adapter_parameters, expand, truncate
+from tucka.ranks import expand, truncate
 from tucka.tensors import FACTOR_ENTRY, ExpertTensor
 
 HELD = dict(r=6, trained_columns=2, normalize="bounded")
@@ -138,12 +137,7 @@ def test_the_passes_give_the_gradient_of_the_columns_asked_for(columns):
 @pytest.mark.parametrize("fields", [{}, {"share_factors": True}, {"form": "multiplicative"}, {"trainable": "core"}])
 def test_counts_are_closed(fields):
     fields = dict(form="additive", k=3, target_modules=["query", "dense"], **HELD) | fields
-    config = plain_config(**fields)
-    expected = count(layer_shapes(build("bert"), config.target_modules), "tucka", config=config).total
-    model = tucka.apply(build("bert"), config)
-    trained = sum(value.numel() for name, value in model.named_parameters() if ".tucka_" in name)
-    assert trained == adapter_parameters(model) == expected
-    assert trained_parameters(adapter_of(model)).parameters.sum() == expected
+    assert_counts_are_closed(plain_config(**fields))
 
 
 def test_the_analysis_reads_whole_factors_from_a_file(tmp_path):

@@ -34,8 +34,8 @@ class Inputs(NamedTuple):
     context: Optional[Tensor] = None  # what cross-attention reads
     context_mask: Any = None
     labels: Optional[Tensor] = None  # (B, S) of a causal language model
-    prompt: Optional[int] = None  # leading positions that are the prompt, where drafted tokens follow it
     output_lengths: Optional[Callable] = None  # of a model that shortens its input: lengths in, lengths of tokens out
+    prompt: Optional[int] = None  # leading positions that are the prompt, where drafted tokens follow it
 
 
 def parameter_names(module: nn.Module) -> tuple[str, ...]:
@@ -59,7 +59,6 @@ def read_inputs(
         arguments.get("encoder_hidden_states"),
         arguments.get("encoder_attention_mask"),
         arguments.get("labels") if is_causal(module) else None,
-        None,
         getattr(module, "_get_feat_extract_output_lengths", None),  # transformers' name in its speech models
     )
 
