@@ -268,6 +268,8 @@ def _expert_tensor(
             axis_core=parameter("axis_core"),
             factors_of=owner,
             normalize=config.normalize,
+            core_gain=config.core_gain,
+            axis_bound=config.axis_bound,
             lasso=config.lasso,
         )
     except ValueError as error:
@@ -282,7 +284,7 @@ def _expert_tensor(
 def _layer(name: str, experts: ExpertTensor, config: TuckAConfig) -> LayerExperts:
     core, (_, expert_factor, input_factor, output_factor) = experts.decomposition
     parts = (core, expert_factor, input_factor, output_factor, experts.shared_slice)
-    return LayerExperts(name, *parts, alpha=config.alpha, form=config.form, axes=experts.axis_core)
+    return LayerExperts(name, *parts, alpha=config.alpha, form=config.form, axes=experts.axis_blocks)
 
 
 def _router(layer: str, own: Mapping[str, Tensor]) -> RouterWeights:

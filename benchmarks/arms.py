@@ -31,7 +31,7 @@ REFERENCE = dict(
     form="multiplicative", tie_factors=True, share_factors=False, shared_expert=True, trainable="all",
     init_router="perturb", init_experts="identity", perturb_scale=1.0, pool_padding=False, balance_bias=False,
     balance_rate=1e-3, temperature=0.1, warm_start=0.0, router_depth=0, components=0, block_size=None,
-    trained_columns=None, axis_block_size=None,
+    trained_columns=None, axis_block_size=None, core_gain=3.0, axis_bound=None,
 )  # fmt: skip
 """TuckA's settings that a row need not name. Rows record what differs from these, not from the library's defaults, so
 that they keep their meaning when a default changes; never edit a value, only add fields that the library adds."""
@@ -68,6 +68,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "blocks10": {"block_size": 10},
     "full-cores": {"r": 6, "block_size": None, "trainable": "all"},
     "before": {"r": 24, "axis_block_size": None, "trainable": "all", "trained_columns": 2},
+    "half-bounds": {"alpha": 1.0, "core_gain": 4.0, "axis_bound": 0.5},
     "mean": {"pooling": "mean"},
     "scaled": {"components": 0},
     "router-perturb": {"init_router": "perturb"},
@@ -252,6 +253,9 @@ def _tucka(name: str, paper: bool, own: dict[str, Any]) -> Arm:
         made, plain = config(task), TuckAConfig()
         inherited = {field.name for field in fields(PeftConfig)} | {"format_version", *_selection(task)}
         names = [field.name for field in fields(TuckAConfig) if field.name not in inherited]
+        # What does nothing in a configuration is no setting of it.
+        inert = {"core_gain": made.normalize != "bounded", "axis_bound": made.axis_block_size is None}
+        names = [name for name in names if not inert.get(name)]
         neutral = {name: REFERENCE.get(name, getattr(plain, name)) for name in names}
         return {**{n: getattr(made, n) for n in names if getattr(made, n) != neutral[n]}, **multipliers}
 

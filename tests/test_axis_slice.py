@@ -28,6 +28,7 @@ from analysis.adapters import read_adapter
 from analysis.parameters import count, layer_shapes
 from analysis.report.accounting import trained_parameters
 from tucka import ops, passes
+from tucka.formats import FORMAT_VERSION
 from tucka.model import layers_of
 from tucka.ranks import adapter_parameters, expand, truncate
 
@@ -69,15 +70,42 @@ def test_its_gradient(width):
     assert torch.autograd.gradcheck(passes.add_on_axes, (x, blocks))
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    width=st.integers(1, 4),
+    places=st.integers(1, 3),
+    size=st.floats(-8, 8),
+    bound=st.sampled_from([1e-3, 0.5, 2, 1e300]),
+)
+def test_no_size_of_its_parameters_takes_it_past_its_bound(width, places, size, bound):
+    blocks = torch.randn(width, width, places, dtype=torch.float64) * 10**size
+    bounded = ops.axes_matrix(ops.bound_axes(blocks, bound))
+    matrix, features = slow_matrix(blocks), width * places
+    assert bounded.square().sum(1).mean().sqrt() <= bound * (1 + 1e-12)
+    expected = matrix / (1 + matrix.square().sum() / features / bound / bound) ** 0.5
+    torch.testing.assert_close(bounded, expected, rtol=1e-12, atol=0)
+
+
+def test_the_gradient_of_a_bounded_one():
+    blocks = torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda blocks: ops.bound_axes(blocks, 0.5), blocks)
+    (grad,) = torch.autograd.grad((ops.bound_axes(0 * blocks, 0.5) * 3).sum(), blocks)
+    assert not grad.any()
+    zero = torch.zeros(2, 2, 3, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad((ops.bound_axes(zero, 0.5) * 3).sum(), zero)
+    assert torch.equal(grad, torch.full_like(zero, 3))
+
+
 @pytest.mark.parametrize("hooked", [False, True], ids=["passes", "plain"])
 @pytest.mark.parametrize("trainable", ["all", "core"])
+@pytest.mark.parametrize("bound", [None, 0.3], ids=["unbounded", "bounded"])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_layer_adds_it_to_what_its_experts_do(form, trainable, hooked):
+def test_a_layer_adds_it_to_what_its_experts_do(form, bound, trainable, hooked):
     """Against the same layer without it, whose weight has E in it."""
     fields = dict(r=3, k=3, t=2, p=2, target_modules=["0"], init_experts="kaiming", trainable=trainable, **form)
     torch.manual_seed(3)
     base = nn.Sequential(nn.Linear(6, 5)).double()
-    model = randomise(tucka.apply(copy.deepcopy(base), plain_config(**fields, axis_block_size=2)))
+    model = randomise(tucka.apply(copy.deepcopy(base), plain_config(**fields, axis_block_size=2, axis_bound=bound)))
     (layer,) = layers_of(model)
     experts = layer.tucka_experts["default"]
     x = torch.randn(4, 3, 6, dtype=torch.float64, requires_grad=True)
@@ -85,6 +113,8 @@ def test_a_layer_adds_it_to_what_its_experts_do(form, trainable, hooked):
         layer.base_layer.register_forward_hook(lambda *args: None)
     model(x)  # starts the router
     matrix = slow_matrix(experts.axis_core)
+    if bound is not None:
+        matrix = matrix / (1 + matrix.square().sum() / 6 / bound**2).sqrt()
 
     y = model(x)
     without, kept = layer.base_layer(x), experts.axis_core
@@ -139,7 +169,7 @@ def test_two_adapters_add_theirs():
     randomise(model)
     layer = layers_of(model)[0]
     x = torch.randn(3, 7, layer.in_features, dtype=torch.float64)
-    first, second = (slow_matrix(layer.tucka_experts[name].axis_core) for name in ("default", "other"))
+    first, second = (slow_matrix(layer.tucka_experts[name].axis_blocks) for name in ("default", "other"))
     torch.testing.assert_close(layer._on_axes(x, ["default", "other"]), x + x @ first + x @ second)
     model.base_model.set_adapter(["default", "other"])
     assert outputs(model, batch).isfinite().all()
@@ -188,6 +218,12 @@ def test_what_does_not_fit_is_refused():
         plain_config(axis_block_size=0)
     with pytest.raises(ValueError, match="axis_block_size='wide' is not 'auto' or a whole number"):
         plain_config(axis_block_size="wide")
+    with pytest.raises(ValueError, match="axis_bound=0 scales what experts act as: it must be above 0"):
+        plain_config(axis_bound=0)
+    with pytest.raises(ValueError, match="axis_bound='none' is not a finite number"):
+        plain_config(axis_bound="none")
+    with pytest.raises(ValueError, match=r"core_gain=-1\.0 scales what experts act as: it must be above 0"):
+        plain_config(core_gain=-1.0)
 
 
 @pytest.mark.parametrize(
@@ -247,6 +283,10 @@ def test_an_offloaded_weight_is_said_to_be(tmp_path):
 def test_files_of_before_have_none():
     assert tucka.TuckAConfig(format_version=1, axis_block_size=2).axis_block_size is None
     assert tucka.TuckAConfig.paper().axis_block_size is None
+    older = tucka.TuckAConfig(format_version=1, core_gain=7.0)
+    assert (older.core_gain, older.axis_bound, older.format_version) == (3.0, None, FORMAT_VERSION)
+    last = tucka.TuckAConfig(format_version=2, axis_block_size=4, core_gain=7.0, axis_bound=0.5)
+    assert (last.axis_block_size, last.core_gain, last.axis_bound) == (4, 3.0, None)
 
 
 def test_its_rate_is_that_of_what_always_acts():

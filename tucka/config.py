@@ -10,6 +10,7 @@ from peft import PeftConfig
 
 from .fields import read_object
 from .formats import FORMAT_VERSION, known_fields, require_readable, upgrade
+from .ops import CORE_GAIN
 from .registration import PEFT_TYPE, add_peft_type
 from .validation import LONG, NUMBERS, validate
 
@@ -74,8 +75,11 @@ class TuckAConfig(PeftConfig):
     normalize : {False, True, "bounded"}
         True: divide cores, expert factor and D-mode factors by their Frobenius norms, as the paper does. "bounded":
         U acts as U √R / ‖U‖ (V and C alike), so that one with orthonormal columns acts as it is, and a core 𝒢 as
-        3𝒢 / √(1 + ‖3𝒢‖²/R), which is 3𝒢 near zero: the identity start is kept, and no learning rate can make an
-        update larger than a fixed multiple of α. One learning rate suits adapter and head.
+        γ𝒢 / √(1 + ‖γ𝒢‖²/R), γ = `core_gain`, which is γ𝒢 near zero: the identity start is kept, and no learning rate
+        can make an update larger than a fixed multiple of α. One learning rate suits adapter and head.
+    core_gain : float
+        γ of "bounded" cores, without effect on others: the rate at which experts leave the base model is αγ times the
+        learning rate.
     form : {"multiplicative", "additive"}
         Update the layer's input, x' = x + α U Mᵀ Uᵀ x, or add to its output, y = W x + α V Mᵀ Uᵀ x.
     tie_factors : bool
@@ -90,11 +94,14 @@ class TuckAConfig(PeftConfig):
         One always-active R×R slice beside the routed groups.
     axis_block_size : int, "auto" or None
         A: another always-active slice, whose factors are the axes of the layer's input and whose core has diagonal
-        blocks of A×A (in a layer whose width A does not divide, of the largest divisor of both): E in x' = x + Eᵀ x, as
-        it is, whatever `alpha` and `normalize` say. It costs A·D parameters, reaches every direction of a layer, and
-        trains in every mode. "auto": 4 where a layer has more than 256 input features and no fewer outputs, else 2.
+        blocks of A×A (in a layer whose width A does not divide, of the largest divisor of both): E in x' = x + Eᵀ x,
+        whatever `alpha` and `normalize` say. It costs A·D parameters, reaches every direction of a layer, and trains in
+        every mode. "auto": 4 where a layer has more than 256 input features and no fewer outputs, else 2.
         What the slice adds to W has full rank, so a LoRA that says the same is as large as W; without it (None) updates
         are of rank R.
+    axis_bound : float, optional
+        b: the parameters E of that slice act as E / √(1 + ‖E‖²/(D b²)), so that the root mean square norm of its rows
+        stays below b at any learning rate. None: as they are.
     trained_columns : int, optional
         How many columns of every D-mode factor train, the leading ones; the others stay where they start, and cost
         parameters in the cores alone. None: all.
@@ -168,12 +175,14 @@ class TuckAConfig(PeftConfig):
     pooling: str = _help("Routing feature: 'mean' or 'mean_std' over unpadded tokens.", "mean_std")
     components: int = _help("Principal components of the feature that centroids live in; 0: all of it, scaled.", 16)
     normalize: Union[bool, str] = _help("Divide parameters by their norms: True, False or 'bounded'.", "bounded")
+    core_gain: float = _help("How many times its parameters a 'bounded' core near zero acts as.", CORE_GAIN)
     form: str = _help("'multiplicative' (on the input) or 'additive' (to the output).", "additive")
     tie_factors: bool = _help("Both D-modes share U (multiplicative form).", True)
     share_factors: bool = _help("Layers of one kind and width share their factors.", True)
     share_inputs: bool = _help("Layers that read one tensor share one adapted input (multiplicative form).", False)
     shared_expert: bool = _help("One always-active slice beside the routed groups.", True)
     axis_block_size: Union[int, str, None] = _help("Width of the blocks on the input's axes, 'auto' or None.", "auto")
+    axis_bound: Optional[float] = _help("Bound on the slice on the input's axes; None: none.", None)
     trainable: str = _help("'all', or 'core' to hold the D-mode factors.", "core")
     trained_columns: Optional[int] = _help("Columns of the D-mode factors that train; None: all.", None)
     init_router: str = _help("Start of the centroids: 'perturb', 'kaiming', 'kmeans' or 'kmeans_balanced'.", "kmeans")

@@ -17,7 +17,7 @@ from typing import Any
 
 from .fields import shown
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of the files this release writes; files of a later version are refused."""
 
 
@@ -33,7 +33,14 @@ def _without_axes(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {"axis_block_size": None}
 
 
-UPGRADES: dict[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {0: _from_published_code, 1: _without_axes}
+def _with_fixed_gain(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Version 2: cores of gain 3, and no bound on the slice on the input's axes."""
+    return {"core_gain": 3.0, "axis_bound": None}
+
+
+UPGRADES: dict[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    0: _from_published_code, 1: _without_axes, 2: _with_fixed_gain,
+}  # fmt: skip
 """By version: takes the fields of such a configuration, returns those that differ in the next version."""
 
 

@@ -148,6 +148,8 @@ class TuckALayer(nn.Module, BaseTunerLayer):
             axis_width=config.axis_width(self.in_features, self.out_features),
             factors_of=factors_of,
             normalize=config.normalize,
+            core_gain=config.core_gain,
+            axis_bound=config.axis_bound,
             hold_factors=config.trainable == "core",
             lasso=config.lasso,
             **placement,
@@ -225,7 +227,7 @@ class TuckALayer(nn.Module, BaseTunerLayer):
 
     def axis_blocks(self, adapter_name: str, x: Tensor) -> Optional[Tensor]:
         """E of an adapter, (A, A, D/A), for an input; None without such a slice."""
-        blocks = self.experts_of(adapter_name).axis_core
+        blocks = self.experts_of(adapter_name).axis_blocks
         return None if blocks is None else blocks.to(x)
 
     def _shared_input(self, x: Tensor, names: list[str]) -> Tensor:

@@ -53,8 +53,8 @@ def mix_layers(
 
 def kind_of(layer: ExpertTensor) -> tuple:
     """What layers mixed together have in common."""
-    core = layer.core
-    return core.shape, core.dtype, core.device, layer.shared_core is None, len(layer.lasso_weights), layer.normalize
+    core, scaling = layer.core, (layer.normalize, layer.core_gain)
+    return core.shape, core.dtype, core.device, layer.shared_core is None, len(layer.lasso_weights), *scaling
 
 
 def _selected_cores(layers: Sequence[ExpertTensor], group: Tensor) -> Tensor:  # (L, N, P, R, H)
@@ -70,7 +70,7 @@ def _selected_cores(layers: Sequence[ExpertTensor], group: Tensor) -> Tensor:  #
 
 def acting_cores(layers: Sequence[ExpertTensor], core: Tensor) -> Tensor:
     """Stacked cores (L, ·, P, R, H) as they act."""
-    return weigh_cores(layers, ops.scale_core(core, (-3, -2, -1), layers[0].normalize))
+    return weigh_cores(layers, ops.scale_core(core, (-3, -2, -1), layers[0].normalize, layers[0].core_gain))
 
 
 def shared_slices(layers: Sequence[ExpertTensor]) -> Tensor | None:  # (L, 1, R, H)
@@ -78,7 +78,8 @@ def shared_slices(layers: Sequence[ExpertTensor]) -> Tensor | None:  # (L, 1, R,
     slices = [layer.shared_core for layer in layers if layer.shared_core is not None]
     if not slices:
         return None
-    return weigh_slices(layers, ops.scale_core(torch.stack(slices).unsqueeze(1), (-2, -1), layers[0].normalize))
+    stacked, first = torch.stack(slices).unsqueeze(1), layers[0]
+    return weigh_slices(layers, ops.scale_core(stacked, (-2, -1), first.normalize, first.core_gain))
 
 
 def weigh_cores(layers: Sequence[ExpertTensor], core: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 CORE_GAIN = 3.0
-"""How many times larger than its parameters a "bounded" core near zero acts: its speed under an optimiser that moves
-every entry by its learning rate (Adam), beside that of factors (`tensors.FACTOR_ENTRY`) and of a head."""
+"""How many times larger than its parameters a "bounded" core near zero acts, unless said: its speed under an optimiser
+that moves every entry by its learning rate (Adam), beside that of factors (`tensors.FACTOR_ENTRY`) and of a head."""
 
 
 def safe_norm(
@@ -53,24 +53,26 @@ def scale_core(
     core: Tensor,  # (..., P, R, H) or (..., R, H)
     dim: tuple[int, ...],
     normalize: bool | str,
+    gain: float = CORE_GAIN,
 ) -> Tensor:
     """A core as it acts, given the modes of one group's part of it: divided by its norm, bounded, or as it is."""
     if not normalize:
         return core
     if normalize is True:
         return core / safe_norm(core, dim=dim, keepdim=True)
-    core = CORE_GAIN * core
+    core = gain * core
     return core * (1 + core.square().sum(dim, keepdim=True) / core.shape[-2]).rsqrt()
 
 
 def unscale_core(
     core: Tensor,  # (..., P, R, H) or (..., R, H), of norm below √R
     dim: tuple[int, ...],
+    gain: float = CORE_GAIN,
     least_room: float = 0.0,
 ) -> Tensor:
     """The "bounded" core that acts as this one; one of smaller norm where 1 − ‖𝒢‖²/R is below `least_room`."""
     room = 1 - core.square().sum(dim, keepdim=True) / core.shape[-2]
-    return core * (room.clamp_min(least_room).rsqrt() / CORE_GAIN)
+    return core * (room.clamp_min(least_room).rsqrt() / gain)
 
 
 def block_diagonal(
@@ -133,6 +135,16 @@ def on_axes(
     x_AD = x.unflatten(-1, (blocks.shape[0], -1))
     terms = (x_AD.roll(shift, -2) * diagonal for shift, diagonal in enumerate(blocks))
     return sum(terms, torch.zeros_like(x_AD)).reshape(x.shape)
+
+
+def bound_axes(
+    blocks: Tensor,  # (A, A, D/A)
+    bound: float,
+) -> Tensor:  # (A, A, D/A)
+    """E / √(1 + ‖E‖² / (D bound²)): near zero as it is; the root mean square norm of its rows stays below the bound."""
+    features = blocks.shape[1] * blocks.shape[2]
+    filled = torch.linalg.vector_norm(blocks) / (features**0.5 * float(bound))
+    return blocks * (1 + filled.square()).rsqrt()
 
 
 def axes_by_source(

@@ -48,12 +48,16 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         The columns of U and V that are held.
     shared_core : Parameter, (R, H), optional
     axis_core : Parameter, (A, A, D/A), optional
-        The always-active slice on the input's own axes, which acts as it is; see `ops.on_axes`.
+        The always-active slice on the input's own axes; see `ops.on_axes`.
     factors_of : ExpertTensor, optional
         Take the D-mode factors of that tensor instead of own ones.
     normalize : {False, True, "bounded"}
         True: the cores of a group, C, U, V and the shared slice act divided by their Frobenius norms. "bounded": U and
-        V act as U √R / ‖U‖, C as C √P / ‖C‖, and a core 𝒢 (of a group, or shared) as 𝒢 / √(1 + ‖𝒢‖²/R).
+        V act as U √R / ‖U‖, C as C √P / ‖C‖, and a core 𝒢 (of a group, or shared) as γ𝒢 / √(1 + ‖γ𝒢‖²/R).
+    core_gain : float
+        γ of "bounded" cores.
+    axis_bound : float, optional
+        Bound on the slice on the axes, see `ops.bound_axes`; None: it acts as it is.
     hold_factors : bool
         The D-mode factors are buffers, never trained.
     lasso : float
@@ -74,6 +78,8 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         axis_core: nn.Parameter | None = None,
         factors_of: ExpertTensor | None = None,
         normalize: bool | str = False,
+        core_gain: float = ops.CORE_GAIN,
+        axis_bound: float | None = None,
         hold_factors: bool = False,
         lasso: float = 0.0,
     ) -> None:
@@ -101,6 +107,7 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         # A tuple hides the module from registration: the parameters stay where they were registered first.
         self._factors_of = (factors_of,)
         self.normalize = normalize
+        self.core_gain, self.axis_bound = core_gain, axis_bound
         self.order = 4
         self.measure_()
 
@@ -209,6 +216,13 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
         """The always-active slice as it acts, (R, R)."""
         slices = shared_slices([self])
         return None if slices is None else ops.block_diagonal(slices[0, 0])
+
+    @property
+    def axis_blocks(self) -> Tensor | None:
+        """The slice on the axes as it acts, (A, A, D/A); see `tucka.ops.on_axes`."""
+        if self.axis_core is None or self.axis_bound is None:
+            return self.axis_core
+        return ops.bound_axes(self.axis_core, self.axis_bound)
 
     def to_tensor(self) -> Tensor:
         """The formed experts (K, T, D, O), without the shared slice; for small layers and tests."""
@@ -343,8 +357,8 @@ class ExpertTensor(TuckerTensor, name="TuckerExperts"):  # type: ignore[call-arg
 
     @property
     def _core_gain(self) -> float:
-        return ops.CORE_GAIN if self.normalize == "bounded" else 1.0
+        return self.core_gain if self.normalize == "bounded" else 1.0
 
     def _unscaled(self, core: Tensor, dim: tuple[int, ...]) -> Tensor:
         """The core that acts as this one."""
-        return ops.unscale_core(core, dim, least_room=1e-2) if self.normalize == "bounded" else core
+        return ops.unscale_core(core, dim, self.core_gain, least_room=1e-2) if self.normalize == "bounded" else core

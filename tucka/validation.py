@@ -31,7 +31,7 @@ FLAGS = (
 )  # fmt: skip
 """Every option that is either True or False."""
 
-NUMBERS = ("alpha", "perturb_scale", "balance_rate", "temperature", "warm_start", "lasso")
+NUMBERS = ("alpha", "perturb_scale", "balance_rate", "temperature", "warm_start", "lasso", "core_gain")
 """Fields that are numbers, whole or not."""
 
 LONG = 2**63 - 1
@@ -46,13 +46,18 @@ def validate(config: TuckAConfig) -> None:
     for name, values in CHOICES.items():
         if not any(getattr(config, name) is value or _same_text(getattr(config, name), value) for value in values):
             raise ValueError(f"{name}={getattr(config, name)!r} is not one of {', '.join(map(repr, values))}")
-    for name in NUMBERS:
+    numbers = NUMBERS if config.axis_bound is None else (*NUMBERS, "axis_bound")
+    for name in numbers:
         value = getattr(config, name)
         # Compared, not converted: a whole number may be too large for a float.
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
             raise ValueError(f"{name}={value!r} is not a finite number")
     if config.temperature <= 0:
         raise ValueError(f"temperature={config.temperature} divides the logits: it must be above 0")
+    for name in ("core_gain", "axis_bound"):
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{name}={value} scales what experts act as: it must be above 0")
     if config.lasso < 0:
         raise ValueError(f"lasso={config.lasso} is a penalty: it must not be below 0")
     for name in FLAGS:

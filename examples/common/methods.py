@@ -110,7 +110,7 @@ METHODS: dict[str, Method] = {
 RECORDED = (
     "r", "k", "t", "p", "alpha", "routing", "affinity", "pooling", "normalize", "form", "share_factors",
     "shared_expert", "trainable", "init_router", "init_experts", "block_size", "trained_columns",
-    "axis_block_size",
+    "axis_block_size", "core_gain", "axis_bound",
 )  # fmt: skip
 """Fields of TuckA that a row says in any case, so that it keeps its meaning when a default changes."""
 

@@ -155,8 +155,8 @@ def write_experts(
     experts.normalize = normalize
     core, shared = parts.core.double(), parts.shared_core
     if normalize == "bounded":
-        core = ops.unscale_core(core, (1, 2, 3))
-        shared = None if shared is None else ops.unscale_core(shared, (0, 1))
+        core = ops.unscale_core(core, (1, 2, 3), experts.core_gain)
+        shared = None if shared is None else ops.unscale_core(shared, (0, 1), experts.core_gain)
     new = dict(parts._asdict(), core=core, shared_core=shared)
     for name, held in own.items():
         if new[name] is not None and name not in FACTORS:
@@ -220,7 +220,8 @@ def _scales(experts: ExpertTensor) -> dict[str, Tensor]:
             if experts.normalize is True:
                 ones = ones * torch.where(factor > 0, factor.rsqrt(), torch.ones_like(factor))
             elif experts.normalize:
-                ones = ones * ops.CORE_GAIN * (1 + ops.CORE_GAIN**2 * factor / held.shape[-2]).rsqrt()
+                gain = experts.core_gain
+                ones = ones * gain * (1 + gain**2 * factor / held.shape[-2]).rsqrt()
             weigh = weigh_cores if name == "core" else weigh_slices
             found[name] = weigh([experts], ones.unsqueeze(0))[0]
         else:
