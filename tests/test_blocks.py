@@ -211,3 +211,18 @@ def test_suggested_ranks_are_whole_blocks_within_the_budget():
 def test_the_default_rank_of_narrow_layers_is_whole_blocks():
     config = default_config(build("clip"))  # widths 24 and 32
     assert config.r % config.block_width(config.r) == 0 and config.r <= 24
+
+
+def test_the_gain_of_bounded_cores_is_a_scale_of_their_parameters():
+    """γ𝒢 alone enters: twice the gain acts on half the parameters as the gain did on all of them."""
+    batch, fields = batch_for("bert"), dict(normalize="bounded", shared_expert=True)
+    one, other = (adapted("bert", torch.float64, core_gain=gain, **fields).eval() for gain in (3.0, 6.0))
+    randomise(one)
+    other.load_state_dict(one.state_dict())
+    assert not torch.allclose(outputs(other, batch), outputs(one, batch))
+    with torch.no_grad():
+        for layer in layers_of(other):
+            experts = layer.tucka_experts["default"]
+            experts.core /= 2
+            experts.shared_core /= 2
+    torch.testing.assert_close(outputs(other, batch), outputs(one, batch), rtol=1e-10, atol=1e-12)
