@@ -52,9 +52,10 @@ ADAPTED = dict(target_modules=["q_proj", "v_proj", "o_proj", "fc1", "fc2"], modu
 """The layers that both methods adapt, and the head that both train whole."""
 
 TUCKA = dict(
-    r=20, k=4, t=1, p=1, block_size=4, axis_block_size="auto", trainable="core", alpha=2.0, routing="sample",
-    affinity="cosine", pooling="mean_std", form="additive", share_factors=True, shared_expert=True,
-    init_router="kmeans", init_experts="identity", balance_bias=False, balance_rate=1e-3, perturb_scale=1.0,
+    r=20, k=4, t=1, p=1, block_size=4, axis_block_size="auto", axis_bound=0.5, trainable="core", alpha=1.0,
+    core_gain=4.0, routing="sample", affinity="cosine", pooling="mean_std", form="additive", share_factors=True,
+    shared_expert=True, init_router="kmeans", init_experts="identity", balance_bias=False, balance_rate=1e-3,
+    perturb_scale=1.0,
 )  # fmt: skip
 """TuckA's settings: those of the library. Layers of one kind share factors, and a start from data finds the domains."""
 

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 
 import pytest
 import torch
@@ -214,9 +215,9 @@ def test_counts_are_closed(fields, tmp_path):
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="axis_block_size=0 is not 'auto' or a whole number of at least 1"):
+    with pytest.raises(ValueError, match="axis_block_size=0 is not one of 'auto', 'lean' or a whole number"):
         plain_config(axis_block_size=0)
-    with pytest.raises(ValueError, match="axis_block_size='wide' is not 'auto' or a whole number"):
+    with pytest.raises(ValueError, match="axis_block_size='wide' is not one of 'auto', 'lean' or a whole number"):
         plain_config(axis_block_size="wide")
     with pytest.raises(ValueError, match="axis_bound=0 scales what experts act as: it must be above 0"):
         plain_config(axis_bound=0)
@@ -228,11 +229,12 @@ def test_what_does_not_fit_is_refused():
 
 @pytest.mark.parametrize(
     "asked,features,outputs,width",
-    [("auto", 256, 300, 2), ("auto", 260, 260, 4), ("auto", 260, 256, 2), ("auto", 9, 9, 1), (2, 9, 5, 1), (4, 6, 5, 2),
-     (6, 9, 5, 3), (16, 8, 5, 8), (5, 5, 5, 5)],
+    [("auto", 256, 300, 2), ("auto", 260, 256, 4), ("auto", 258, 258, 2), ("auto", 9, 9, 1), ("lean", 256, 300, 2),
+     ("lean", 260, 260, 4), ("lean", 260, 256, 2), (2, 9, 5, 1), (4, 6, 5, 2), (6, 9, 5, 3), (16, 8, 5, 8),
+     (5, 5, 5, 5)],
 )  # fmt: skip
 def test_a_width_follows_the_layer(asked, features, outputs, width):
-    """The largest divisor of what is asked and of the input features; "auto" asks by both sides of the layer."""
+    """The largest divisor of what is asked and of the input features; "auto" and "lean" ask by the layer's sides."""
     fields = dict(r=2, target_modules=["0"], axis_block_size=asked)
     config = plain_config(**fields)
     model = tucka.apply(nn.Sequential(nn.Linear(features, outputs)), config)
@@ -287,6 +289,24 @@ def test_files_of_before_have_none():
     assert (older.core_gain, older.axis_bound, older.format_version) == (3.0, None, FORMAT_VERSION)
     last = tucka.TuckAConfig(format_version=2, axis_block_size=4, core_gain=7.0, axis_bound=0.5)
     assert (last.axis_block_size, last.core_gain, last.axis_bound) == (4, 3.0, None)
+
+
+def test_files_of_before_have_blocks_of_two_in_layers_that_narrow(tmp_path):
+    """Version 3 wrote "auto" for what is "lean" now."""
+    base = nn.Sequential(nn.Linear(260, 300), nn.Linear(300, 5))
+    config = plain_config(r=2, target_modules=["0", "1"], axis_block_size="lean", axis_bound=0.5)
+    model = randomise(tucka.apply(copy.deepcopy(base), config))
+    widths = [len(layer.tucka_experts["default"].axis_core) for layer in layers_of(model)]
+    assert widths == [4, 2]
+    x = torch.randn(3, 260)
+    expected = model(x)
+    tucka.save(model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    written = json.loads(path.read_text())
+    path.write_text(json.dumps({**written, "format_version": 3, "axis_block_size": "auto"}))
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    assert (loaded.peft_config["default"].axis_block_size, loaded.peft_config["default"].axis_bound) == ("lean", 0.5)
+    assert torch.equal(loaded(x), expected)
 
 
 def test_its_rate_is_that_of_what_always_acts():

@@ -92,11 +92,12 @@ class TuckAConfig(PeftConfig):
         their names (see `tucka.plan.INPUT_FAMILIES`); one that is given another tensor after all adapts that.
     shared_expert : bool
         One always-active R×R slice beside the routed groups.
-    axis_block_size : int, "auto" or None
+    axis_block_size : int, "auto", "lean" or None
         A: another always-active slice, whose factors are the axes of the layer's input and whose core has diagonal
         blocks of A×A (in a layer whose width A does not divide, of the largest divisor of both): E in x' = x + Eᵀ x,
         whatever `alpha` and `normalize` say. It costs A·D parameters, reaches every direction of a layer, and trains in
-        every mode. "auto": 4 where a layer has more than 256 input features and no fewer outputs, else 2.
+        every mode. "auto": 4 where a layer has more than 256 input features, else 2. "lean": 4 where it has no fewer
+        outputs either, else 2.
         What the slice adds to W has full rank, so a LoRA that says the same is as large as W; without it (None) updates
         are of rank R.
     axis_bound : float, optional
@@ -168,7 +169,7 @@ class TuckAConfig(PeftConfig):
     t: int = _help("Experts in each group.", 1)
     p: int = _help("Rank shared by the experts of a group.", 1)
     block_size: Optional[int] = _help("Width of the diagonal blocks of a core; None: full cores.", 4)
-    alpha: float = _help("Scale of the adaptation.", 2.0)
+    alpha: float = _help("Scale of the adaptation.", 1.0)
     routing: str = _help("What is routed as one: 'sample' or 'batch'.", "sample")
     affinity: str = _help("How a feature is scored against centroids: 'paper', 'cosine' or 'distance'.", "cosine")
     temperature: float = _help("Temperature of the cosine and distance affinities.", 0.1)
@@ -181,8 +182,8 @@ class TuckAConfig(PeftConfig):
     share_factors: bool = _help("Layers of one kind and width share their factors.", True)
     share_inputs: bool = _help("Layers that read one tensor share one adapted input (multiplicative form).", False)
     shared_expert: bool = _help("One always-active slice beside the routed groups.", True)
-    axis_block_size: Union[int, str, None] = _help("Width of the blocks on the input's axes, 'auto' or None.", "auto")
-    axis_bound: Optional[float] = _help("Bound on the slice on the input's axes; None: none.", None)
+    axis_block_size: Union[int, str, None] = _help("Width of blocks on the axes, 'auto', 'lean' or None.", "auto")
+    axis_bound: Optional[float] = _help("Bound on the slice on the input's axes; None: none.", 0.5)
     trainable: str = _help("'all', or 'core' to hold the D-mode factors.", "core")
     trained_columns: Optional[int] = _help("Columns of the D-mode factors that train; None: all.", None)
     init_router: str = _help("Start of the centroids: 'perturb', 'kaiming', 'kmeans' or 'kmeans_balanced'.", "kmeans")
@@ -264,11 +265,11 @@ class TuckAConfig(PeftConfig):
         """A in a layer of so many input and output features; None without a slice on the axes."""
         if self.axis_block_size is None:
             return None
-        # What groups cost does not grow with the width of a layer, so wide ones have room for more on their axes, up to
-        # the parameters of a LoRA of rank 2.
-        automatic = 4 if 256 < features <= outputs else 2
-        wanted: Any = automatic if self.axis_block_size == "auto" else self.axis_block_size
-        return math.gcd(wanted, features)
+        if isinstance(self.axis_block_size, int):
+            return math.gcd(self.axis_block_size, features)
+        # What groups cost does not grow with the width of a layer, so wide ones have room for more on their axes.
+        has_room = features > 256 and (self.axis_block_size == "auto" or outputs >= features)
+        return math.gcd(4 if has_room else 2, features)
 
     def trained(self, rank: int) -> int:
         """Columns of a factor of that rank that are no buffer of their own (`held_input`, `held_output`)."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from .fields import shown
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Version of the files this release writes; files of a later version are refused."""
 
 
@@ -38,8 +38,13 @@ def _with_fixed_gain(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {"core_gain": 3.0, "axis_bound": None}
 
 
+def _with_lean_blocks(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Version 3: "auto" had narrow blocks in wide layers with fewer outputs than inputs, as "lean" has now."""
+    return {"axis_block_size": "lean"} if fields["axis_block_size"] == "auto" else {}
+
+
 UPGRADES: dict[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
-    0: _from_published_code, 1: _without_axes, 2: _with_fixed_gain,
+    0: _from_published_code, 1: _without_axes, 2: _with_fixed_gain, 3: _with_lean_blocks,
 }  # fmt: skip
 """By version: takes the fields of such a configuration, returns those that differ in the next version."""
 

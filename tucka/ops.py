@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-CORE_GAIN = 3.0
+CORE_GAIN = 4.0
 """How many times larger than its parameters a "bounded" core near zero acts, unless said: its speed under an optimiser
 that moves every entry by its learning rate (Adam), beside that of factors (`tensors.FACTOR_ENTRY`) and of a head."""
 

@@ -25,6 +25,9 @@ CHOICES = {
 }
 """Every option with a closed list of values, and the list."""
 
+AXIS_WIDTHS = ("auto", "lean")
+"""Values of `axis_block_size` by which a layer's width says that of its blocks."""
+
 FLAGS = (
     "tie_factors", "share_factors", "share_inputs", "shared_expert", "pool_padding", "pool_answers", "balance_bias",
     "sync_route", "init_weights", "expert_shares",
@@ -67,8 +70,9 @@ def validate(config: TuckAConfig) -> None:
         _check_count("block_size", config.block_size)
     if config.trained_columns is not None:
         _check_count("trained_columns", config.trained_columns)
-    if config.axis_block_size is not None and not _same_text(config.axis_block_size, "auto"):
-        _check_count("axis_block_size", config.axis_block_size, other="'auto'")
+    by_layer = any(_same_text(config.axis_block_size, width) for width in AXIS_WIDTHS)
+    if config.axis_block_size is not None and not by_layer:
+        _check_count("axis_block_size", config.axis_block_size, other="one of 'auto', 'lean'")
     config.require_blocks(config.r, f"r={config.r}")
     for pattern, rank in (config.rank_pattern or {}).items():
         _check_count(f"rank_pattern[{pattern!r}]", rank)
