@@ -17,7 +17,6 @@ from peft import PeftModel
 
 import tucka
 from tucka.model import layers_of
-from tucka.ops import CORE_GAIN
 from tucka.ranks import expand, prune
 
 ARCHITECTURES = ["bert", "vit", "gpt2", "llama", "t5"]
@@ -45,8 +44,9 @@ CASES = [("paper", 5, None), ("cosine", 5, None), ("cosine", None, 3), ("cosine"
 @pytest.mark.parametrize("normalize", [False, True, "bounded"])
 @pytest.mark.parametrize("affinity, k, t", CASES)
 def test_outputs_stay_and_units_choose_copies_of_their_group(affinity, k, t, normalize, with_loader):
-    scale = 0.1 / CORE_GAIN if normalize == "bounded" else 0.1  # updates of one size
-    model, batches = trained(affinity=affinity, normalize=normalize, init_experts="kaiming", scale=scale)
+    scale = 0.1 / 2.5 if normalize == "bounded" else 0.1  # updates of one size
+    fields = dict(affinity=affinity, normalize=normalize, core_gain=2.5)
+    model, batches = trained(**fields, init_experts="kaiming", scale=scale)
     expected, groups = outputs(model, batches)
     report = expand(model, batches if with_loader else None, k=k, t=t)[""]
     found, chosen = outputs(model, batches)

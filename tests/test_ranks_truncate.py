@@ -35,7 +35,7 @@ def relative(found, expected):
 @pytest.mark.parametrize("normalize", [False, True, "bounded"])
 @pytest.mark.parametrize("form", FORMS)
 def test_the_reported_error_is_the_true_one(form, normalize, share_factors, shared_expert):
-    fields = dict(**form, normalize=normalize, share_factors=share_factors, shared_expert=shared_expert)
+    fields = dict(**form, normalize=normalize, share_factors=share_factors, shared_expert=shared_expert, core_gain=2.5)
     model = adapted("bert", dtype=torch.float64, init_experts="kaiming", p=3, t=2, **fields)
     before = materialised(model)
     assert truncate(model, ranks=4, p=2).parameters < adapter_parameters(model) + 10**6
@@ -58,7 +58,8 @@ def test_the_reported_error_is_the_true_one(form, normalize, share_factors, shar
 @pytest.mark.parametrize("normalize", [False, True, "bounded"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_at_full_rank_nothing_is_lost_in_single_precision(name, normalize):
-    model = adapted(name, normalize=normalize, init_experts="kaiming", p=3, t=2, share_factors=True).eval()
+    fields = dict(normalize=normalize, core_gain=6.0, share_factors=True)
+    model = adapted(name, **fields, init_experts="kaiming", p=3, t=2).eval()
     before, state = materialised(model), adapter_state(model)
     with torch.no_grad():
         expected = first_output(model(**batch_for(name)))
