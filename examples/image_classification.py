@@ -63,7 +63,7 @@ ONLINE = Recipe(1e-3, epochs=20, batch_size=32, warmup=20)
 
 RATES: dict[str, dict[str, float]] = {
     "offline": {"lora": 8e-3, "rslora": 8e-3, "dora": 8e-3, "full": 5e-4},
-    "online": {"full": 5e-5},
+    "online": {"full": 5e-5, "tucka": 8e-3},
 }
 """Learning rates where they are not those of `METHODS`."""
 

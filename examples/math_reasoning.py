@@ -38,7 +38,7 @@ NEW_TOKENS = 512
 OFFLINE = Recipe(8e-3, epochs=10, batch_size=32)
 
 RATES = {
-    "offline": {"full": 1e-3, "lora": 8e-3, "rslora": 8e-3, "dora": 8e-3, "tucka": 1.6e-2},
+    "offline": {"full": 1e-3, "lora": 8e-3, "rslora": 8e-3, "dora": 8e-3},
     "metamath": {"full": 2e-5, "lora": 3e-4, "rslora": 3e-4, "dora": 3e-4, "tucka": 6e-4, "tucka-core": 6e-4},
 }
 """Learning rates where they are not those of `METHODS`, which are for small models: for 7 billion the usual ones."""

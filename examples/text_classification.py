@@ -71,7 +71,7 @@ OFFLINE = Recipe(1e-3, epochs=1, batch_size=16)
 ONLINE = Recipe(1e-3, epochs=3, batch_size=32, warmup=0.06, weight_decay=0.01)
 
 RATES: dict[str, dict[str, float]] = {
-    "offline": {"full": 2e-4, "lora": 8e-3, "rslora": 8e-3, "dora": 8e-3, "tucka": 1.6e-2},
+    "offline": {"full": 2e-4, "lora": 8e-3, "rslora": 8e-3, "dora": 8e-3},
     "glue": {"full": 2e-5, "lora": 5e-4, "rslora": 5e-4, "dora": 5e-4, "tucka": 1e-3, "tucka-core": 1e-3},
 }
 """Learning rates where they are not those of `METHODS`, which are for small models: for DeBERTa the usual ones."""

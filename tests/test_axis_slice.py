@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -46,8 +47,14 @@ def slow_matrix(blocks):
 
 
 @settings(max_examples=40, deadline=None)
-@given(width=st.integers(1, 4), places=st.integers(1, 3), rows=st.lists(st.integers(0, 3), max_size=3))
-def test_it_multiplies_by_a_matrix_of_diagonal_blocks(width, places, rows):
+@given(
+    width=st.integers(1, 4),
+    places=st.integers(1, 3),
+    rows=st.lists(st.integers(0, 3), max_size=3),
+    span=st.sampled_from([1, 25, passes.SPAN]),
+)
+def test_it_multiplies_by_a_matrix_of_diagonal_blocks(width, places, rows, span):
+    """In one span of rows or in several."""
     blocks = torch.randn(width, width, places, dtype=torch.float64, requires_grad=True)
     x = torch.randn(*rows, width * places, dtype=torch.float64, requires_grad=True)
     matrix = slow_matrix(blocks)
@@ -58,10 +65,11 @@ def test_it_multiplies_by_a_matrix_of_diagonal_blocks(width, places, rows):
     expected = x + x @ matrix
     weights = torch.randn_like(expected)
     slow = torch.autograd.grad((expected * weights).sum(), (x, blocks))
-    for found in (x + ops.on_axes(x, blocks), passes.add_on_axes(x, blocks)):
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-        for one, other in zip(torch.autograd.grad((found * weights).sum(), (x, blocks)), slow):
-            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    with mock.patch.object(passes, "SPAN", span):
+        for found in (x + ops.on_axes(x, blocks), passes.add_on_axes(x, blocks)):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+            for one, other in zip(torch.autograd.grad((found * weights).sum(), (x, blocks)), slow):
+                torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 6])

@@ -133,35 +133,61 @@ class _AddOnAxes(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, blocks: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, blocks)
-        x_AD = x.unflatten(-1, blocks.shape[1:])
-        out_AD = torch.empty_like(x_AD, memory_format=torch.contiguous_format)
-        torch.mul(x_AD, 1 + blocks[0], out=out_AD)
-        for shift, source, target in _shifts(len(blocks)):
-            out_AD[..., target, :].addcmul_(x_AD[..., source, :], blocks[shift, target])
-        return out_AD.view(x.shape)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        own = 1 + blocks[0]
+        for x_NAD, out_NAD in _spans(blocks, x, out):
+            torch.mul(x_NAD, own, out=out_NAD)
+            for shift, source, target in _shifts(len(blocks)):
+                out_NAD[:, target].addcmul_(x_NAD[:, source], blocks[shift, target])
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
         x, blocks = ctx.saved_tensors
-        grad_AD = grad.unflatten(-1, blocks.shape[1:])
+        wants_x, wants_blocks = ctx.needs_input_grad
         # Memory that is new costs more than what is written to it: the products lie where the gradient of x will.
-        out_AD = torch.empty_like(grad_AD, memory_format=torch.contiguous_format)
-        grad_blocks = None
-        if ctx.needs_input_grad[1]:
-            x_AD, grad_blocks = x.unflatten(-1, blocks.shape[1:]), torch.empty_like(blocks)
-            rows_NAD = out_AD.view(-1, *blocks.shape[1:])
-            torch.mul(x_AD, grad_AD, out=out_AD)
-            torch.sum(rows_NAD, 0, out=grad_blocks[0])
-            for shift, source, target in _shifts(len(blocks)):
-                torch.mul(x_AD[..., source, :], grad_AD[..., target, :], out=out_AD[..., target, :])
-                torch.sum(rows_NAD[:, target], 0, out=grad_blocks[shift, target])
-        if not ctx.needs_input_grad[0]:
-            return None, grad_blocks
-        torch.mul(grad_AD, 1 + blocks[0], out=out_AD)
-        for shift, source, target in _shifts(len(blocks)):
-            out_AD[..., source, :].addcmul_(grad_AD[..., target, :], blocks[shift, target])
-        return out_AD.view(grad.shape), grad_blocks
+        out = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        own, by_span = 1 + blocks[0], []
+        for grad_NAD, x_NAD, out_NAD in _spans(blocks, grad, x if wants_blocks else grad, out):
+            if wants_blocks:
+                by_span.append(_grad_of_blocks(x_NAD, grad_NAD, blocks, out_NAD))
+            if wants_x:
+                torch.mul(grad_NAD, own, out=out_NAD)
+                for shift, source, target in _shifts(len(blocks)):
+                    out_NAD[:, source].addcmul_(grad_NAD[:, target], blocks[shift, target])
+        return out if wants_x else None, torch.stack(by_span).sum(0) if wants_blocks else None
+
+
+def _grad_of_blocks(
+    x: Tensor,  # (N, A, D/A)
+    grad: Tensor,  # (N, A, D/A)
+    blocks: Tensor,  # (A, A, D/A)
+    scratch: Tensor,  # (N, A, D/A)
+) -> Tensor:  # (A, A, D/A)
+    """The gradient of E over these rows; `scratch` is written over."""
+    sums = torch.empty_like(blocks)
+    torch.mul(x, grad, out=scratch)
+    torch.sum(scratch, 0, out=sums[0])
+    for shift, source, target in _shifts(len(blocks)):
+        torch.mul(x[:, source], grad[:, target], out=scratch[:, target])
+        torch.sum(scratch[:, target], 0, out=sums[shift, target])
+    return sums
+
+
+SPAN = 2**20
+"""Entries that a CPU goes through at a time: what several passes read again is in its cache then."""
+
+
+def _spans(
+    blocks: Tensor,  # (A, A, D/A)
+    *tensors: Tensor,  # (..., D)
+) -> Iterator[tuple[Tensor, ...]]:  # (N, A, D/A)
+    """Views of the same rows of several tensors: all of them, on a CPU as many at a time as it does well to take."""
+    rows = [tensor.reshape(-1, *blocks.shape[1:]) for tensor in tensors]
+    whole = max(1, len(rows[0]))
+    step = min(whole, max(1, SPAN // blocks[0].numel())) if blocks.device.type == "cpu" else whole
+    return zip(*(each.split(step) for each in rows))
 
 
 def _shifts(width: int) -> Iterator[tuple[int, slice, slice]]:

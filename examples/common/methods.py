@@ -82,7 +82,7 @@ def _lora(summary: str, counted: str = "lora", **fields: Any) -> Method:
 METHODS: dict[str, Method] = {
     "frozen": Method("the head alone", 8e-3),
     "full": Method("every parameter of the model", 3e-4),
-    "tucka": _tucka("Tucker experts, the library's defaults", 8e-3),
+    "tucka": _tucka("Tucker experts, the library's defaults", 1.6e-2),
     "tucka-paper": _tucka("Tucker experts, the paper's settings", 6e-3, TuckAConfig.paper),
     "tucka-core": _tucka("Tucker experts between random factors, which are held", 8e-3, trainable="core"),
     "lora": _lora("low-rank updates"),
