@@ -112,7 +112,7 @@ def weights(model):
 
 def train(model, data, steps=9):
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=5e-3)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
     model.train()
     losses = []
     for step in range(steps):
