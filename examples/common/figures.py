@@ -64,8 +64,10 @@ def trade(ax: Axes, table: pd.DataFrame) -> Axes:
         ax.errorbar(rows["parameters"], rows["score"], yerr=rows["error"].fillna(0), label=method, ls="none", **look)
         for row in rows.itertuples() if method in OWN else ():  # what others set is their size, which the axis tells
             own = row.method.partition(":")[2].replace(",", ", ")
-            beside = dict(xytext=(8, 0), textcoords="offset points", va="center", fontsize="small")
-            ax.annotate(own, (row.parameters, row.score), color=color, **beside)
+            # A long label beside its point would run over other points.
+            place = {"xytext": (0, 12), "ha": "center"} if "," in own else {"xytext": (8, 0), "va": "center"}
+            place |= {"textcoords": "offset points", "fontsize": "small"}
+            ax.annotate(own, (row.parameters, row.score), color=color, **place)
     for row in table[table["parameters"] == 0].itertuples():
         ax.axhline(row.score, color="0.35", linestyle="--", linewidth=1)
         ax.annotate("head alone", (0.01, row.score), xycoords=("axes fraction", "data"), va="bottom", color="0.35")
