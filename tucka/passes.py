@@ -134,11 +134,8 @@ class _AddOnAxes(Function):
     def forward(ctx: Any, x: Tensor, blocks: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, blocks)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        own = 1 + blocks[0]
         for x_NAD, out_NAD in _spans(blocks, x, out):
-            torch.mul(x_NAD, own, out=out_NAD)
-            for shift, source, target in _shifts(len(blocks)):
-                out_NAD[:, target].addcmul_(x_NAD[:, source], blocks[shift, target])
+            _multiply(x_NAD, blocks, out_NAD)
         return out
 
     @staticmethod
@@ -148,15 +145,26 @@ class _AddOnAxes(Function):
         wants_x, wants_blocks = ctx.needs_input_grad
         # Memory that is new costs more than what is written to it: the products lie where the gradient of x will.
         out = torch.empty_like(grad, memory_format=torch.contiguous_format)
-        own, by_span = 1 + blocks[0], []
+        by_span = []
         for grad_NAD, x_NAD, out_NAD in _spans(blocks, grad, x if wants_blocks else grad, out):
             if wants_blocks:
                 by_span.append(_grad_of_blocks(x_NAD, grad_NAD, blocks, out_NAD))
             if wants_x:
-                torch.mul(grad_NAD, own, out=out_NAD)
-                for shift, source, target in _shifts(len(blocks)):
-                    out_NAD[:, source].addcmul_(grad_NAD[:, target], blocks[shift, target])
+                _multiply(grad_NAD, blocks, out_NAD, transposed=True)
         return out if wants_x else None, torch.stack(by_span).sum(0) if wants_blocks else None
+
+
+def _multiply(
+    rows: Tensor,  # (N, A, D/A)
+    blocks: Tensor,  # (A, A, D/A)
+    out: Tensor,  # (N, A, D/A)
+    transposed: bool = False,
+) -> None:
+    """Write rows (I + E), or rows (I + E)ᵀ, to `out`."""
+    torch.mul(rows, 1 + blocks[0], out=out)
+    for shift, source, target in _shifts(len(blocks)):
+        reads, adds = (target, source) if transposed else (source, target)
+        out[:, adds].addcmul_(rows[:, reads], blocks[shift, target])
 
 
 def _grad_of_blocks(
